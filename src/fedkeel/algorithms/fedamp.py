@@ -4,13 +4,16 @@ Huang, Chu, Zhou, Wang, Liu, Pei, Zhang: Personalized Cross-Silo Federated Learn
 arXiv 2007.03797. Both the exact form and the heuristic one by cosines (HeurFedAMP).
 
 The paper has all clients in every round. Here the server mixes the last model of each client that has ever sent one;
-a client that has not yet holds the first model, and trains without mixture.
+a client that has not yet holds the first model, which is its own mixture.
 
-Departures: alpha and sigma depend on the scale of the weights, so the default finds them: sigma is the median squared
-distance between two clients' models, and alpha such that a client's own model weighs `self_weight` on average. One
-alpha for all is kept so small that no weight is negative (row by row the weights would no longer be symmetric, and the
-models' sum no longer conserved). The pull is at most 1 / learning rate, with which a step would land on the mixture.
-Mixtures and distances are of trainable parameters; BatchNorm's statistics stay on the clients.
+Departures: alpha and sigma depend on the scale of the weights, so the default finds them for the mixture: sigma is the
+median squared distance between two clients' models, and alpha such that a client's own model weighs `self_weight` on
+average. The proximal term does not take that alpha but 1: it would be a fraction of the squared distances, lambda/alpha
+would tie each model to its mixture, the distances would shrink, and alpha with them (the authors' 10,000 to 10 make
+lambda/alpha 0.0001 to 0.1). A given alpha counts in both, but in the mixture no larger than keeps every weight from
+being negative: one alpha for all, since row by row the weights would no longer be symmetric and the models' sum no
+longer conserved. The pull is at most 1 / learning rate, with which a step would land on the mixture. Mixtures and
+distances are of trainable parameters; BatchNorm's statistics stay on the clients.
 
 What crosses: the mixture down in place of a model, the change of the client's model up: FedAvg's traffic. What stays:
 the client's model. There is no global one: the server's weights, the average of a round's models, are sent to nobody.
@@ -51,7 +54,10 @@ class FedAMP(Algorithm):
     form: Literal["exact", "heuristic"] = option("exact", "weights by distance, or by cosine (HeurFedAMP)")
     lam: float = option(1.0, "strength of the proximal term, with alpha (lambda)", ge=0, grid=(0.01, 0.1, 1.0), off=0.0)
     alpha: float | None = option(
-        None, "step of the mixture (alpha); not set: found from self_weight, or 10,000 in the heuristic form", ge=0
+        None,
+        "step of the mixture (alpha); not set: found from self_weight, and 1 in the proximal term, or 10,000 in the "
+        "heuristic form",
+        ge=0,
     )
     alpha_decay: float = option(0.1, "factor on a given alpha after every 30 rounds", gt=0, le=1)
     sigma: float | None = option(
@@ -89,7 +95,7 @@ class FedAMP(Algorithm):
 
     def correct(self, local: Local, grad: Tensor) -> Tensor:
         """Adds lam/alpha (w - u)."""
-        if self.lam == 0 or "alpha" not in local.mail:
+        if self.lam == 0:
             return grad
         pull = min(self.lam / float(local.mail["alpha"]), 1 / local.lr)
         return grad.add_(local.params - local.anchor, alpha=pull)
@@ -103,28 +109,28 @@ class FedAMP(Algorithm):
     def mail(self, server: Server, client: int) -> Mapping[str, Tensor]:
         assert server.lab is not None
         table = server.private.get("shelf", torch.empty(0, 2, dtype=torch.int64)).tolist()
+        alpha = torch.tensor(self.step(server.round))
         known = [k for k, _ in table]
         if client not in known:  # its mixture is what it holds: the first model
-            given = {} if self.alpha is None else {"alpha": torch.tensor(self.step(server.round))}
-            return {"params": server.private.get("first", server.params), **given}
-        weights, alpha = self.mixture(server.private["likeness"].cpu(), server.round)
+            return {"params": server.private.get("first", server.params), "alpha": alpha}
+        weights = self.mixture(server.private["likeness"].cpu(), server.round)
         mixed = torch.zeros_like(server.params)
         for (k, version), weight in zip(table, weights[known.index(client)].tolist(), strict=True):
             mixed.add_(server.lab.shelf.get(k, version)["w"].to(mixed.device), alpha=weight)
-        return {"params": mixed, **({"alpha": torch.tensor(alpha)} if alpha < math.inf else {})}
+        return {"params": mixed, "alpha": alpha}
 
     def step(self, number: int) -> float:
-        """alpha in round `number`, where it is given."""
-        assert self.alpha is not None or self.form == "heuristic"
+        """alpha of the proximal term in round `number`."""
+        if self.alpha is None and self.form == "exact":
+            return 1.0
         return (HEURISTIC[0] if self.alpha is None else self.alpha) * self.alpha_decay ** (number // 30)
 
-    def mixture(self, likeness: Tensor, number: int) -> tuple[Tensor, float]:
-        """[M, M] the weights xi, rows summing to 1, and alpha (infinite when there is nothing to mix), from squared
-        distances or cosines, [M, M], in round `number`."""
+    def mixture(self, likeness: Tensor, number: int) -> Tensor:
+        """[M, M] the weights xi, rows summing to 1, from squared distances or cosines, [M, M], in round `number`."""
         if len(likeness) == 1:
-            return torch.ones(1, 1), math.inf
+            return torch.ones(1, 1)
         if self.form == "heuristic":
-            return by_cosine(likeness, self.sigma or HEURISTIC[1], self.self_weight), self.step(number)
+            return by_cosine(likeness, self.sigma or HEURISTIC[1], self.self_weight)
         others = likeness[~torch.eye(len(likeness), dtype=torch.bool)]
         sigma = self.sigma or float(others.median()) or 1.0  # all models equal: any scale will do
         return by_distance(likeness, sigma, None if self.alpha is None else self.step(number), self.self_weight)
@@ -168,21 +174,21 @@ class FedAMP(Algorithm):
         return float((one - other).square().sum())
 
 
-def by_distance(squared: Tensor, sigma: float, alpha: float | None, self_weight: float) -> tuple[Tensor, float]:
+def by_distance(squared: Tensor, sigma: float, alpha: float | None, self_weight: float) -> Tensor:
     """xi_ij = alpha/sigma exp(-|w_i - w_j|^2 / sigma) off the diagonal, the rest of each row on it.
 
     squared: [M, M], M > 1. alpha: not given, it is such that the diagonal's mean is `self_weight`. In either case no
-    larger than keeps the diagonal from being negative. Returns the weights and the alpha used.
+    larger than keeps the diagonal from being negative.
     """
     kernel = torch.exp(-squared.double() / sigma)
     kernel.fill_diagonal_(0.0)
     sums = kernel.sum(1)
     if float(sums.max()) == 0:  # all are infinitely far from each other
-        return torch.eye(len(squared), dtype=kernel.dtype), math.inf if alpha is None else alpha
+        return torch.eye(len(squared), dtype=kernel.dtype)
     alpha = (1 - self_weight) * sigma / float(sums.mean()) if alpha is None else alpha
     alpha = min(alpha, sigma / float(sums.max()))
     weights = kernel * (alpha / sigma)
-    return weights + torch.diag(1 - weights.sum(1)), alpha
+    return weights + torch.diag(1 - weights.sum(1))
 
 
 def by_cosine(cosine: Tensor, sigma: float, self_weight: float) -> Tensor:
