@@ -285,6 +285,24 @@ def test_limits_are_stratified_first_of_each_class(folder: Path) -> None:
     assert np.bincount(labels[stratified(labels, 11)]).tolist() == [8, 2, 1]  # 7.7, 2.2, 1.1
 
 
+def test_the_public_part_is_nobodys(folder: Path) -> None:
+    """The last images of each class, which no limit on the private part changes; the two parts share no row."""
+    whole = Parquet(dir=str(folder)).load()
+    classes = len(whole.classes)
+    parted = Parquet(dir=str(folder), public_limit=2 * classes).load()
+    assert parted.public is not None and not bool(parted.public.fake.any())
+    assert parted.public.y.bincount().tolist() == [2] * classes
+    for label in range(classes):
+        mine = whole.train_x[whole.train_y == label]
+        assert torch.equal(parted.public.x[parted.public.y == label], mine[-2:])
+        assert torch.equal(parted.train_x[parted.train_y == label], mine[:-2])
+    few = Parquet(dir=str(folder), public_limit=2 * classes, train_limit=classes).load()
+    assert few.public is not None and torch.equal(few.public.x, parted.public.x) and len(few.train_x) == classes
+    assert whole.public is None
+    with pytest.raises(DataError, match="public_limit"):
+        Parquet(dir=str(folder), public_limit=10_000).load()
+
+
 def test_statistics_are_exact_whatever_the_chunks() -> None:
     x = torch.from_numpy(pictures(300, shape=(3, 64, 64)))  # several chunks
     mean, std = statistics(x)

@@ -1,9 +1,10 @@
-"""Trains the bundled generator on the public part of Fashion-MNIST: a teacher, then its straightened student.
+"""Trains a bundled generator on public images only: a teacher, then its straightened student.
 
-    python tools/train_flow.py [FOLDER] [--teacher FILE] [--student FILE] [--out FILE]     about 35 minutes on one core
+    python tools/train_flow.py fashion [FOLDER]   about 35 minutes on one core; FOLDER holds the four original .gz files
+    python tools/train_flow.py cifar10 FOLDER     about 100 minutes on one core; FOLDER holds CIFAR-10 as parquet
 
-FOLDER holds the four original .gz files. --teacher, --student: read when they exist, otherwise trained and written. The
-recipe is in the constants below; docs/generator-card.md has the numbers.
+--teacher, --student: read when they exist, otherwise trained and written; training goes on from FILE.part when it was
+stopped. The recipes are below; docs/generator-card.md has the numbers.
 
 Teacher: a rectified flow (arXiv 2209.03003) on straight lines between noise and image, t logit-normal (arXiv
 2403.03206), exponential average of the weights. Student: the paper's reflow; it starts from the teacher and learns the
@@ -17,6 +18,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,25 +26,94 @@ from build_fashion import CLASSES, ORIGINAL, public_images
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from fedkeel.data.sources import Parquet
 from fedkeel.generators.flow import BUNDLED, FlowConfig, FlowNet, euler, load, save
 
-CONFIG = FlowConfig(classes=CLASSES, shape=(1, 28, 28))
-BATCH, WARM_UP, AVERAGE = 96, 50, 0.995
-TEACHER_STEPS, TEACHER_RATE = 1_600, 2e-3
-STUDENT_STEPS, STUDENT_RATE = 450, 1e-3
-PAIRS, PAIR_STEPS = 8_000, 10
-LAST_PAIRS, LAST_STEPS, LAST_RATE = 16_000, 900, 1e-3
+BATCH, WARM_UP = 96, 50
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, on what, and for how long; student and last stage start from pairs that the teacher made."""
+
+    config: FlowConfig
+    source: str
+    public: Callable[[Path], tuple[Tensor, Tensor]]
+    teacher_steps: int
+    teacher_rate: float
+    average: float
+    flip: bool
+    pairs: int
+    pair_steps: int
+    student_steps: int
+    student_times: tuple[float, ...]
+    """Where on the lines the student is trained, four fifths of the time; uniform otherwise."""
+    student_rate: float = 1e-3
+    last_pairs: int = 0
+    last_steps: int = 0
+    last_rate: float = 1e-3
+
+
+def cifar10(folder: Path) -> tuple[Tensor, Tensor]:
+    """The last 1,000 train images of each class, which `data.public_limit = 10000` keeps from the clients."""
+    public = Parquet(dir=str(folder), train_limit=10, test_limit=10, public_limit=10_000).load().public
+    assert public is not None
+    return public.x, public.y
+
+
+FASHION = Recipe(
+    FlowConfig(classes=CLASSES, shape=(1, 28, 28)),
+    "public part of Fashion-MNIST",
+    public_images,
+    teacher_steps=1_600,
+    teacher_rate=2e-3,
+    average=0.995,
+    flip=False,
+    pairs=8_000,
+    pair_steps=10,
+    student_steps=450,
+    student_times=(0.0, 0.5),
+    last_pairs=16_000,
+    last_steps=900,
+)
+CIFAR10 = Recipe(
+    FlowConfig(
+        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        shape=(3, 32, 32),
+        widths=(64, 128, 192),
+    ),
+    "public part of CIFAR-10: the last 1,000 train images of each class",
+    cifar10,
+    teacher_steps=3_000,
+    teacher_rate=1e-3,
+    average=0.998,
+    flip=True,
+    pairs=6_000,
+    pair_steps=12,
+    student_steps=500,
+    student_times=(0.0, 0.25, 0.5, 0.75),
+)
+RECIPES = {"fashion": FASHION, "cifar10": CIFAR10}
 
 Line = tuple[Tensor, Tensor, Tensor, Tensor]
 """Noise and image [B, C, H, W], t [B], labels [B]."""
 
 
-def train(net: FlowNet, line: Callable[[], Line], steps: int, rate: float) -> FlowNet:
-    """Minimises the squared error of the velocity along lines; returns the exponential average of the weights."""
-    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
+def train(net: FlowNet, line: Callable[[], Line], steps: int, rate: float, decay: float, part: Path) -> FlowNet:
+    """Minimises the squared error of the velocity along lines; returns the exponential average of the weights.
+
+    `part` holds all there is to go on from, every 100 steps; its batches are drawn anew after a stop.
+    """
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay))
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
-    total, start = 0.0, time.process_time()
-    for step in range(1, steps + 1):
+    first, total, start = 1, 0.0, time.process_time()
+    if part.exists():
+        saved = torch.load(part, weights_only=True)
+        first = saved["step"] + 1
+        net.load_state_dict(saved["net"])
+        average.load_state_dict(saved["average"])
+        optimizer.load_state_dict(saved["optimizer"])
+    for step in range(first, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, step / WARM_UP) * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
         z, x, t, labels = line()
@@ -57,74 +128,91 @@ def train(net: FlowNet, line: Callable[[], Line], steps: int, rate: float) -> Fl
         if step % 50 == 0:
             print(f"step {step} loss {total / 50:.4f} cpu {time.process_time() - start:.0f} s", flush=True)
             total = 0.0
+        if step % 100 == 0:
+            state = {"net": net.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save({"step": step, **state}, part)
+    part.unlink(missing_ok=True)
     assert isinstance(average.module, FlowNet)
     return average.module
 
 
-def teach(images: Tensor, labels: Tensor) -> FlowNet:
+def teach(recipe: Recipe, images: Tensor, labels: Tensor, part: Path) -> FlowNet:
     """The teacher, from images [N, C, H, W] uint8."""
 
     def line() -> Line:
         rows = torch.randint(len(images), (BATCH,))
         x = images[rows].float() / 127.5 - 1
+        if recipe.flip:
+            x = torch.where(torch.rand(BATCH, 1, 1, 1) < 0.5, x.flip(3), x)
         return torch.randn_like(x), x, torch.randn(BATCH).sigmoid(), labels[rows]
 
-    return train(FlowNet(CONFIG), line, TEACHER_STEPS, TEACHER_RATE)
+    return train(FlowNet(recipe.config), line, recipe.teacher_steps, recipe.teacher_rate, recipe.average, part)
 
 
 @torch.inference_mode()
-def pairs(teacher: FlowNet, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def pairs(recipe: Recipe, teacher: FlowNet, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """`count` pairs of noise and what the teacher makes of it, and the labels; classes in equal numbers."""
     start = time.process_time()
-    z, labels = torch.randn(count, *CONFIG.shape), torch.arange(count) % len(CLASSES)
-    made = [euler(teacher, a, b, PAIR_STEPS) for a, b in zip(z.split(100), labels.split(100), strict=True)]
+    z, labels = torch.randn(count, *recipe.config.shape), torch.arange(count) % len(recipe.config.classes)
+    made = [euler(teacher, a, b, recipe.pair_steps) for a, b in zip(z.split(100), labels.split(100), strict=True)]
     print(f"{count} pairs, cpu {time.process_time() - start:.0f} s", flush=True)
     return z, torch.cat(made).clamp(-1, 1), labels
 
 
-def straighten(teacher: FlowNet) -> FlowNet:
+def straighten(recipe: Recipe, teacher: FlowNet, part: Path) -> FlowNet:
     """The student."""
-    noise, images, labels = pairs(teacher, PAIRS)
+    noise, images, labels = pairs(recipe, teacher, recipe.pairs)
+    times = torch.tensor(recipe.student_times)
 
     def line() -> Line:
-        rows, which = torch.randint(PAIRS, (BATCH,)), torch.rand(BATCH)
-        t = torch.where(which < 0.4, 0.0, torch.where(which < 0.8, 0.5, torch.rand(BATCH)))
+        rows = torch.randint(len(noise), (BATCH,))
+        chosen = times[torch.randint(len(times), (BATCH,))]
+        t = torch.where(torch.rand(BATCH) < 0.8, chosen, torch.rand(BATCH))
         return noise[rows], images[rows], t, labels[rows]
 
-    student = FlowNet(CONFIG)
+    student = FlowNet(recipe.config)
     student.load_state_dict(teacher.state_dict())
-    return train(student, line, STUDENT_STEPS, STUDENT_RATE)
+    return train(student, line, recipe.student_steps, recipe.student_rate, 0.995, part)
 
 
-def one_step(teacher: FlowNet, student: FlowNet) -> FlowNet:
+def one_step(recipe: Recipe, teacher: FlowNet, student: FlowNet, part: Path) -> FlowNet:
     """The student, trained on for a single step from noise to image."""
-    noise, images, labels = pairs(teacher, LAST_PAIRS)
+    noise, images, labels = pairs(recipe, teacher, recipe.last_pairs)
 
     def line() -> Line:
-        rows = torch.randint(LAST_PAIRS, (BATCH,))
+        rows = torch.randint(len(noise), (BATCH,))
         return noise[rows], images[rows], torch.zeros(BATCH), labels[rows]
 
-    return train(student, line, LAST_STEPS, LAST_RATE)
+    return train(student, line, recipe.last_steps, recipe.last_rate, 0.995, part)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=RECIPES)
     parser.add_argument("folder", nargs="?", type=Path, default=ORIGINAL)
-    parser.add_argument("--teacher", type=Path, default=Path("flow-fashion-teacher.safetensors"))
-    parser.add_argument("--student", type=Path, default=Path("flow-fashion-student.safetensors"))
-    parser.add_argument("--out", type=Path, default=BUNDLED / "flow-fashion.safetensors")
+    for stage in ("teacher", "student", "out"):
+        parser.add_argument(f"--{stage}", type=Path)
     args = parser.parse_args()
+    recipe = RECIPES[args.name]
+    teacher_path = args.teacher or Path(f"flow-{args.name}-teacher.safetensors")
+    student_path = args.student or Path(f"flow-{args.name}-student.safetensors")
+    out = args.out or BUNDLED / f"flow-{args.name}.safetensors"
     torch.set_num_threads(1)
-    if not args.teacher.exists():
+    if not teacher_path.exists():
         torch.manual_seed(0)
-        save(teach(*public_images(args.folder)), CONFIG, args.teacher, "teacher; tools/train_flow.py")
-    teacher = load(args.teacher)[0]
-    if not args.student.exists():
+        trained = teach(recipe, *recipe.public(args.folder), teacher_path.with_suffix(".part"))
+        save(trained, recipe.config, teacher_path, f"teacher; {recipe.source}; tools/train_flow.py")
+    teacher = load(teacher_path)[0]
+    if not student_path.exists():
         torch.manual_seed(0)
-        save(straighten(teacher), CONFIG, args.student, "straightened; tools/train_flow.py")
-    torch.manual_seed(1)
-    final = one_step(teacher, load(args.student)[0])
-    save(final, CONFIG, args.out, "straightened, one step; public part of Fashion-MNIST; tools/train_flow.py")
+        trained = straighten(recipe, teacher, student_path.with_suffix(".part"))
+        save(trained, recipe.config, student_path, f"straightened; {recipe.source}; tools/train_flow.py")
+    final, note = load(student_path)[0], "straightened"
+    if recipe.last_steps:
+        torch.manual_seed(1)
+        final = one_step(recipe, teacher, final, out.with_suffix(".part"))
+        note = "straightened, one step"
+    save(final, recipe.config, out, f"{note}; {recipe.source}; tools/train_flow.py")
 
 
 if __name__ == "__main__":

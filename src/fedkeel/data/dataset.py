@@ -8,13 +8,16 @@ from functools import cached_property
 
 from torch import Tensor
 
+from fedkeel.records import Samples
+
 
 @dataclass(frozen=True)
 class Dataset:
     """Train and test split of a labelled image set. The two are never merged.
 
     train_x, test_x: [N, C, H, W] uint8. train_y, test_y: [N] int64 in [0, len(classes)).
-    mean, std: [C] per channel over the train images, in [0, 1] pixel units.
+    mean, std: [C] per channel over the train images, in [0, 1] pixel units. public: train images set aside, which are
+    not among train_x.
     """
 
     name: str
@@ -25,6 +28,7 @@ class Dataset:
     test_y: Tensor
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    public: Samples | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:

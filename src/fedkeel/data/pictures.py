@@ -11,7 +11,7 @@ import io
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 from fedkeel.data.dataset import Dataset
 from fedkeel.errors import DataError
 from fedkeel.options import option
+from fedkeel.records import Samples
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -68,6 +69,12 @@ class Source(ABC):
         "convert all pictures: 1 = to grey, 3 = to RGB, without alpha; absent: they must be all grey or all RGB "
         "(set 3 for tiny-ImageNet, where some are grey)",
     )
+    public_limit: int = option(
+        0,
+        "set this many train images aside as public, stratified, the last of each class: no client gets them, and a "
+        "generator may be fitted to them",
+        ge=0,
+    )
     train_limit: int | None = option(None, "keep this many train images, stratified, the first of each class", ge=1)
     test_limit: int | None = option(None, "keep this many test images, stratified, the first of each class", ge=1)
 
@@ -78,16 +85,25 @@ class Source(ABC):
     def load(self) -> Dataset:
         """The data in memory. Raises DataError, naming the file and row, for anything that does not fit."""
         raw = self.read()
-        train_x, train_y = self._decoded(raw.train, raw.classes, self.train_limit)
+        for split in (raw.train, raw.test):
+            checked(split.labels, len(raw.classes), split.where)
+        private, public = set_aside(raw.train.labels, self.public_limit)
+        if len(private) == 0:
+            raise DataError(
+                f"data.public_limit = {self.public_limit}: {raw.train.where} has {len(public)} images, none are left"
+            )
+        rows = private[stratified(raw.train.labels[private], self.train_limit)]
+        train_x, train_y = self._decoded(raw.train, rows)
         channels, height, width = (int(n) for n in train_x.shape[1:])
-        test_x, test_y = self._decoded(raw.test, raw.classes, self.test_limit, (channels, height, width))
-        return assembled(raw.name, raw.classes, train_x, train_y, test_x, test_y)
+        shape = (channels, height, width)
+        test_x, test_y = self._decoded(raw.test, stratified(raw.test.labels, self.test_limit), shape)
+        data = assembled(raw.name, raw.classes, train_x, train_y, test_x, test_y)
+        if len(public) == 0:
+            return data
+        public_x, public_y = self._decoded(raw.train, public, shape)
+        return replace(data, public=Samples.real_ones(public_x, public_y))
 
-    def _decoded(
-        self, split: Split, classes: tuple[str, ...], limit: int | None, shape: tuple[int, int, int] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        checked(split.labels, len(classes), split.where)
-        rows = stratified(split.labels, limit)
+    def _decoded(self, split: Split, rows: Rows, shape: tuple[int, int, int] | None = None) -> tuple[Tensor, Tensor]:
         x = decode(split.pictures(rows), len(rows), self.size, self.channels, shape)
         return x, torch.from_numpy(split.labels[rows])
 
@@ -98,6 +114,17 @@ def assembled(
     """A `Dataset` with the statistics of its train images."""
     mean, std = statistics(train_x)
     return Dataset(name, classes, train_x, train_y, test_x, test_y, mean, std)
+
+
+def set_aside(labels: Rows, limit: int) -> tuple[Rows, Rows]:
+    """Ascending rows of the private and of the public part: `limit` in the class proportions, the last of each class.
+
+    A limit on the private part takes the first of each class, so that the two parts stay the same whatever it is.
+    """
+    if limit == 0:
+        return np.arange(len(labels), dtype=np.int64), np.arange(0, dtype=np.int64)
+    public = (len(labels) - 1 - stratified(labels[::-1], limit))[::-1]
+    return np.setdiff1d(np.arange(len(labels), dtype=np.int64), public), public.copy()
 
 
 def checked(labels: Rows, classes: int, where: str) -> None:
