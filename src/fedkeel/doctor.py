@@ -13,7 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-EXTRAS = {"track": ("tensorboard", "mlflow")}
+EXTRAS = {
+    "diffusion": ("diffusers", "transformers", "peft", "accelerate", "sdnq"),
+    "nf4": ("bitsandbytes",),
+    "track": ("tensorboard", "mlflow"),
+}
 """What each extra of pyproject.toml brings, by the names under which it is imported."""
 CORE = (
     "torch",
