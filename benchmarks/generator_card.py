@@ -1,11 +1,12 @@
 """The numbers of docs/generator-card.md: how good the bundled generators are, and how fast.
 
-    python benchmarks/generator_card.py [FOLDER] [--seeds 3]      about 10 minutes on one core
+    python benchmarks/generator_card.py fashion [FOLDER] [--seeds 3]      about 10 minutes on one core
+    python benchmarks/generator_card.py cifar10 FOLDER [--seeds 3]        about 25 minutes
 
-Quality is the accuracy on the 3,000 bundled real test images of one small CNN (conv 3x3 of 16 and 32 channels, each
-with ReLU and 2x2 max pooling, fully connected 128; Adam at 1e-3, 1,500 steps of 64, no augmentation) that was trained
-on nothing but the images in question, 10,000 of them (12,000 private ones). FOLDER holds the original Fashion-MNIST,
-for the row of the public part; without it that row is left out.
+Quality is the accuracy on real test images of one small CNN (conv 3x3 of 16 and 32 channels, each with ReLU and 2x2 max
+pooling, fully connected 128; Adam at 1e-3, 1,500 steps of 64, no augmentation) that was trained on nothing but the
+images in question, 10,000 of them (12,000 private ones of `fashion`). FOLDER holds the original Fashion-MNIST, for the
+row of the public part (without it that row is left out), or CIFAR-10 as parquet files.
 """
 
 from __future__ import annotations
@@ -22,32 +23,38 @@ from torch import Tensor, nn
 
 from fedkeel.data.dataset import Dataset
 from fedkeel.data.fashion import Fashion
+from fedkeel.data.sources import Parquet
 from fedkeel.generators.base import Source
 from fedkeel.generators.flow import BUNDLED, Bundled
 from fedkeel.generators.gaussian import Gaussian
 from fedkeel.rng import Streams, isolated
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks/results/generator-card.json"
-PICTURE = ROOT / "docs/images/generator-fashion.png"
+RESULTS = {
+    "fashion": ROOT / "benchmarks/results/generator-card.json",
+    "cifar10": ROOT / "benchmarks/results/generator-card-cifar10.json",
+}
+STEPS_OF = {"fashion": (1, 2), "cifar10": (1, 2, 4, 8)}
 STEPS, BATCH, RATE = 1_500, 64, 1e-3
 PER_CLASS = 1_000
 
 
 def accuracy(x: Tensor, y: Tensor, data: Dataset, seed: int) -> float:
-    """Share of the real test images that a CNN trained on x [N, 1, 28, 28] uint8, y [N] gets right."""
+    """Share of the real test images that a CNN trained on x [N, C, H, W] uint8, y [N] gets right."""
     rng = Streams(seed)
+    channels, height, _ = data.shape
+    mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
     with isolated(rng("init")):
         net = nn.Sequential(
-            *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Flatten(), nn.Linear(32 * 49, 128), nn.ReLU(), nn.Linear(128, 10)),
+            *(nn.Flatten(), nn.Linear(32 * (height // 4) ** 2, 128), nn.ReLU(), nn.Linear(128, 10)),
         )
     optimizer = torch.optim.Adam(net.parameters(), lr=RATE)
     batches = rng("batch")
 
     def unit(images: Tensor) -> Tensor:
-        return (images.float() / 255 - data.mean[0]) / data.std[0]
+        return (images.float() / 255 - mean) / std
 
     for _ in range(STEPS):
         rows = torch.randint(len(x), (BATCH,), generator=batches)
@@ -75,42 +82,57 @@ def made(source: Source) -> tuple[Tensor, Tensor, float]:
     return torch.cat(out), torch.tensor(labels), len(labels) / (time.process_time() - start)
 
 
-def picture(columns: dict[str, Tensor]) -> None:
-    """A contact sheet: per class one row, six images of each kind ([10, 6, 1, 28, 28]) side by side."""
+def picture(columns: list[Tensor], path: Path) -> None:
+    """A contact sheet: per class one row, six images of each kind ([10, 6, C, H, W]) side by side."""
     from PIL import Image
 
-    strips = [x[:, :, 0].permute(0, 2, 1, 3).reshape(280, 168) for x in columns.values()]
-    gap = torch.full((280, 8), 255, dtype=torch.uint8)
+    strips = [x.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1) for x in columns]  # [10 H, 6 W, C]
+    gap = torch.full((len(strips[0]), 8, strips[0].shape[2]), 255, dtype=torch.uint8)
     whole = torch.cat([piece for strip in strips for piece in (strip, gap)][:-1], dim=1)
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(whole.numpy())
-    image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST).save(PICTURE, optimize=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(whole.squeeze(2).numpy())
+    image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST).save(path, optimize=True)
+
+
+def real(name: str, folder: Path | None) -> tuple[Dataset, dict[str, tuple[Tensor, Tensor]]]:
+    """The data set, and its real images to train on."""
+    if name == "fashion":
+        data = Fashion().load()
+        sets = {"private part, shipped": (data.train_x, data.train_y)}
+        if folder:
+            sys.path.insert(0, str(ROOT / "tools"))
+            from build_fashion import public_images
+
+            sets["public part"] = public_images(folder)
+        return data, sets
+    data = Parquet(dir=str(folder), public_limit=10_000, train_limit=10_000).load()
+    assert data.public is not None
+    return data, {
+        "private part, 10,000 of 40,000": (data.train_x, data.train_y),
+        "public part": (data.public.x, data.public.y),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=RESULTS)
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    data, cpu = Fashion().load(), torch.device("cpu")
-    sets: dict[str, tuple[Tensor, Tensor, float | None]] = {"private part, shipped": (data.train_x, data.train_y, None)}
-    if args.folder:
-        sys.path.insert(0, str(ROOT / "tools"))
-        from build_fashion import public_images
-
-        sets["public part"] = (*public_images(args.folder), None)
-    for steps in (1, 2):
-        sets[f"bundled, {steps} step{'s' * (steps > 1)}"] = made(
-            Bundled(steps=steps).load(data.classes, data.shape, cpu)
-        )
-    sets["gaussian"] = made(Gaussian().load(data.classes, data.shape, cpu))
+    data, there = real(args.name, args.folder)
+    cpu = torch.device("cpu")
+    sets: dict[str, tuple[Tensor, Tensor, float | None]] = {name: (*pair, None) for name, pair in there.items()}
+    for steps in STEPS_OF[args.name]:
+        source = Bundled(steps=steps).load(data.classes, data.shape, cpu)
+        sets[f"bundled, {steps} step{'s' * (steps > 1)}"] = made(source)
+    sets["gaussian"] = made(Gaussian().load(data.classes, data.shape, cpu, data.public))
     rows = []
     for name, (x, y, speed) in sets.items():
         scores = [accuracy(x, y, data, seed) for seed in range(args.seeds)]
         rows.append({"trained on": name, "images": len(x), "accuracy": scores, "images per second": speed})
         print(rows[-1], flush=True)
-    sizes = {path.name: path.stat().st_size for path in sorted(BUNDLED.glob("*.safetensors"))}
+    sizes = {path.name: path.stat().st_size for path in sorted(BUNDLED.glob(f"*-{args.name}.safetensors"))}
     facts = {
         "test images": len(data.test_x),
         "classifier": f"conv 16/32, fc 128, Adam {RATE}, {STEPS} steps of {BATCH}",
@@ -119,13 +141,14 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "hardware": f"{platform.machine()}, one thread, {torch.backends.cpu.get_cpu_capability()}",
     }
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(facts, indent=1) + "\n")
-    real = data.train_x[:60].reshape(6, 10, 1, 28, 28).transpose(0, 1)
-    first = [
-        made_x.reshape(10, PER_CLASS, 1, 28, 28)[:, :6] for made_x in (sets["bundled, 1 step"][0], sets["gaussian"][0])
-    ]
-    picture({"real": real, "bundled": first[0], "gaussian": first[1]})
+    result = RESULTS[args.name]
+    result.parent.mkdir(parents=True, exist_ok=True)
+    result.write_text(json.dumps(facts, indent=1) + "\n")
+    default = f"bundled, {Bundled().load(data.classes, data.shape, cpu).steps} step"
+    served = next(x for name, (x, _, _) in sets.items() if name.startswith(default))
+    first = torch.stack([data.train_x[data.train_y == label][:6] for label in range(10)])
+    rest = [x.reshape(10, PER_CLASS, *data.shape)[:, :6] for x in (served, sets["gaussian"][0])]
+    picture([first, *rest], ROOT / f"docs/images/generator-{args.name}.png")
 
 
 if __name__ == "__main__":
