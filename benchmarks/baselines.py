@@ -46,6 +46,7 @@ WHY = {
     "moon": "contrasts from a client's second round on: with half of the clients a round, 40 rounds give 20 of them",
     "fedgen": "its strengths, 10, come from 20 steps of plain SGD; with momentum they killed one network (checked)",
     "pfedgate": "its gates begin near 1/2 and halve every layer's weights: this rate is too small (checked)",
+    "scaffold": "clients weigh the same, however few samples they hold, and their corrections are rounds old",
     "separate": "no global model; clients hold few classes, which is easy on their own test sets",
 }
 """What may hold a method back here, from how it is defined; tested where CHECKS has a run for it. Shown where it is
@@ -168,7 +169,7 @@ def page(table: dict[str, dict[str, dict[str, Any]]], done: dict[str, dict[str, 
                 percent(row.get(key), row["seeds"])
                 for key in ("global/accuracy", "personal/accuracy_last", "personal/accuracy_best")
             ]
-            seconds = row.get("cpu_s", ["–"])[0]
+            seconds = f"{row['cpu_s'][0]:.0f}" if "cpu_s" in row else "–"
             below = row.get("global/accuracy", [0.0])[0] < methods.get("fedavg", {}).get("global/accuracy", [1.0])[0]
             remark = WHY.get(name, "") if below else ""
             lines.append(f"| `{name}` | {row['seeds']} | {' | '.join(cells)} | {seconds} | {remark} |")
