@@ -9,11 +9,15 @@ A method's own numbers are proven in tests/byhand; here is what all methods must
 
 from __future__ import annotations
 
+import ast
+import inspect
+import io
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import tokenize
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -25,9 +29,9 @@ from fedkeel.config import Config
 from fedkeel.data.dataset import Dataset
 from fedkeel.generators.gaussian import fit
 from fedkeel.job import Job
-from fedkeel.loop import Result, resume, run
+from fedkeel.loop import Result, one_round, resume, run
 from fedkeel.record import Record, Silent, numbers
-from fedkeel.records import Samples
+from fedkeel.records import Reply, Samples, Server
 from fedkeel.runtimes.inprocess import InProcessRuntime
 
 ROOT = Path(__file__).parents[1]
@@ -121,16 +125,61 @@ def plain(method: str) -> Result:
     return run(config(method), data=data())
 
 
+Tensors = dict[str, torch.Tensor]
+
+
+class Watched(InProcessRuntime):
+    """Notes what goes down to each client and what comes back."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self.seen: list[tuple[Server, Mapping[str, torch.Tensor], Reply]] = []
+
+    def run(
+        self, server: Server, clients: Sequence[int], accepted: Mapping[int, int], measure: Collection[int]
+    ) -> Iterator[Reply]:
+        for reply in super().run(server, clients, accepted, measure):
+            self.seen.append((server, self.job.mail(server, reply.client), reply))
+            yield reply
+
+
+@dataclass(frozen=True)
+class Driven:
+    """Some rounds of a method, with all that crossed: the server before, the client's mail and its reply."""
+
+    job: Job
+    server: Server
+    accepted: Mapping[int, int]
+    seen: Sequence[tuple[Server, Mapping[str, torch.Tensor], Reply]]
+
+
+@cache
+def driven(method: str, rounds: int) -> Driven:
+    """The first rounds of a run."""
+    job = Job(config(method), data())
+    job.generate()
+    runtime, accepted = Watched(job), dict[int, int]()
+    server = replace(job.first_server(), layout=job.worker.weights.layout)
+    for _ in range(rounds):
+        server, record = one_round(job, runtime, server, accepted)
+        assert not record["failed"], record["failed"]
+    return Driven(job, server, accepted, runtime.seen)
+
+
 def learns(method: str) -> None:
-    """It runs, and something that it trains has moved."""
+    """It runs, and parameters have moved: of those that clients share, and of those that are a client's own."""
     result = plain(method)
     finite(result)
     assert len(result.rounds) == 3
     assert sum(record["train/steps"] for record in result.rounds) > 0
-    job = Job(config(method), data())
-    before = job.worker.weights.state_dict()
-    moved = [name for name, tensor in result.weights.items() if not torch.equal(tensor, before[name])]
-    assert moved or job.worker.weights.layout.shared == 0
+    found = driven(method, 3)
+    worker = found.job.worker
+    layout, first = worker.weights.layout, found.seen[0][0]
+    assert layout.shared + layout.own > 0
+    assert layout.shared == 0 or not torch.equal(found.server.params, first.params), "nothing shared has moved"
+    own = [reply.state["own"][: layout.own] for _, _, reply in found.seen]
+    still = all(torch.equal(each, worker.initial_own[: layout.own]) for each in own)
+    assert layout.own == 0 or not still, "nothing of a client's own has moved"
 
 
 def repeats(method: str) -> None:
@@ -156,21 +205,81 @@ def resumes(method: str) -> None:
 
 
 def declares(method: str) -> None:
-    """What crosses is the model, its change, BatchNorm's statistics, and exactly what is declared; it is counted."""
-    job = Job(config(method), data())
-    job.generate()
-    sent = set(job.method.sends())
-    server = job.first_server()
-    assert set(server.shared) == set(job.method.server_state(server.params))
-    runtime = InProcessRuntime(job)
-    for reply in runtime.run(server, job.cohort(0), {}, measure=False):
-        assert not reply.failure, reply.trace
+    """In three rounds there cross the model down (or what `mail` has in its place) and its change up (or none),
+    BatchNorm's statistics both ways, `mail`, and exactly what is declared: nothing else in any round, and each declared
+    name in some round. The bytes on record are those of these tensors."""
+    found = driven(method, 3)
+    method_, (first, _, _) = found.job.method, found.seen[0]
+    sends, shares = set(method_.sends()), set(method_.server_state(first.params))
+    up, down = set[str](), {name for name, tensor in found.server.shared.items() if tensor.numel()}
+    assert set(found.server.shared) == shares
+    for server, mail, reply in found.seen:
         assert reply.update is not None and reply.buffers is not None
-        assert set(reply.update.extra) <= sent
-        tensors = [reply.update.delta, reply.buffers, *reply.counters.values(), *reply.update.extra.values()]
-        if not job.method.pooled:
-            assert reply.bytes_up == sum(t.numel() * t.element_size() for t in tensors)
+        assert set(server.shared) == shares
+        assert set(reply.update.extra) <= sends
+        up |= {name for name, tensor in reply.update.extra.items() if tensor.numel()}
+        down |= {name for name, tensor in server.shared.items() if tensor.numel()}
+        whole = {"params": server.params, **mail}
+        received = [*whole.values(), server.buffers, *server.counters.values(), *server.shared.values()]
+        returned = [reply.update.delta, reply.buffers, *reply.counters.values(), *reply.update.extra.values()]
+        if method_.pooled:  # the data move instead, once, which is no traffic of a round
+            received = returned = []
+        assert (reply.bytes_down, reply.bytes_up) == (size(received), size(returned))
+        assert whole["params"].shape == server.params.shape
         assert reply.update.delta.shape in (server.params.shape, (0,))  # none, where no model crosses
+        assert len(reply.buffers) in (len(server.buffers), 0)
+    assert up == sends, f"declared and never sent: {sorted(sends - up)}"
+    assert down == shares, f"declared and never shared: {sorted(shares - down)}"
+
+
+def size(tensors: Sequence[torch.Tensor]) -> int:
+    """Bytes of these tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def apart(method: str) -> None:
+    """After two rounds: training changes no bit of what clients receive or have kept, nor of what another client
+    returned; and in reversed order each client returns and keeps the same bits."""
+    found = driven(method, 2)
+    job, server = found.job, found.server
+    whole = {f"server {name}": getattr(server, name) for name in ("params", "buffers")}
+    for name in ("counters", "shared", "private"):
+        whole |= {f"server {name} {key}": tensor for key, tensor in getattr(server, name).items()}
+
+    def returned(clients: Sequence[int]) -> dict[int, Tensors]:
+        out: dict[int, Tensors] = {}
+        held: list[tuple[Tensors, Tensors]] = []
+        for client in clients:
+            state, mail = job.store.open(client, found.accepted.get(client)), job.mail(server, client)
+            given = whole | {f"mail {name}": tensor for name, tensor in mail.items()}
+            given |= {f"state {name}": tensor for name, tensor in (state or {}).items()}
+            held.append((given, copied(given)))
+            reply = job.worker.fit(server, client, state, None, mail)
+            assert reply.update is not None and reply.buffers is not None, reply.trace
+            back = {"delta": reply.update.delta, "buffers": reply.buffers, "weight": torch.tensor(reply.update.weight)}
+            for part, tensors in (("counter", reply.counters), ("sent", reply.update.extra), ("kept", reply.state)):
+                back |= {f"{part} {name}": tensor for name, tensor in tensors.items()}
+            out[client] = copied(back)
+            held.append((back, out[client]))
+            for now, then in held:
+                same_bits(now, then, f"changed by client {client}: ")
+        return out
+
+    forward, backward = (returned(range(job.clients)[::step]) for step in (1, -1))
+    for client, tensors in forward.items():
+        same_bits(tensors, backward[client], f"depends on the order of the clients: client {client}'s ")
+
+
+def copied(tensors: Tensors) -> Tensors:
+    """Copies of the tensors."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def same_bits(one: Tensors, other: Tensors, words: str) -> None:
+    """Asserts that tensors are equal by name; `words` stand before a name that is not."""
+    assert one.keys() == other.keys(), f"{words}{sorted(one.keys() ^ other.keys())}"
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), words + name
 
 
 def group_norm(method: str) -> None:
@@ -217,7 +326,7 @@ def everyone(method: str) -> None:
 CHECKS: dict[str, Callable[[str], None]] = {
     check.__name__: check
     for check in (
-        learns, repeats, resumes, declares, group_norm, statistics, one_client, one_sample, everyone,
+        learns, repeats, resumes, declares, apart, group_norm, statistics, one_client, one_sample, everyone,
     )
 }  # fmt: skip
 
@@ -266,11 +375,37 @@ def main(names: Sequence[str]) -> int:
 def markdown(table: dict[str, dict[str, str]]) -> str:
     """The table for the docs."""
     lines = ["# The battery", "", "Every method through every check (`make battery`); what each asks:", ""]
-    lines += [f"- **{name.replace('_', ' ')}**: {(check.__doc__ or '').strip()}" for name, check in CHECKS.items()]
-    lines += ["", "| method | " + " | ".join(name.replace("_", " ") for name in CHECKS) + " |"]
-    lines += ["|---" * (len(CHECKS) + 1) + "|"]
-    lines += [f"| `{method}` | " + " | ".join(row.values()) + " |" for method, row in table.items()]
+    about = {name.replace("_", " "): " ".join((check.__doc__ or "").split()) for name, check in CHECKS.items()}
+    lines += [f"- **{name}**: {text}" for name, text in about.items()]
+    lines += [
+        "",
+        "Code and lines are those of the method's file in `fedkeel/algorithms`: lines of code, without blank ones, "
+        "comments and docstrings; and all lines.",
+        "",
+        "| method | " + " | ".join(about) + " | file | code | lines |",
+        "|---" * (len(CHECKS) + 2) + "|---:|---:|",
+    ]
+    for method, row in table.items():
+        path = Path(inspect.getfile(registry.get("algorithms", method)))
+        code, every = lengths(path.read_text())
+        lines.append(f"| `{method}` | " + " | ".join(row.values()) + f" | {path.name} | {code} | {every} |")
     return "\n".join(lines) + "\n"
+
+
+def lengths(source: str) -> tuple[int, int]:
+    """Lines of code in a Python file, without blank ones, comments and docstrings (of options too); and all lines."""
+    texts = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    ]
+    prose = {number for node in texts for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+    blank = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    code: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in blank:
+            code |= set(range(token.start[0], token.end[0] + 1))
+    return len(code - prose), len(source.splitlines())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,17 @@
-"""Every method through every check of the battery."""
+"""Every method through every check of the battery; and methods with a fault, which the checks must find."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import battery
 import pytest
+import torch
+
+from fedkeel import local as clients
+from fedkeel.algorithms.base import Algorithm
+from fedkeel.records import Phase, Update
+from fedkeel.registry import register
 
 
 @pytest.mark.parametrize("check", battery.CHECKS)
@@ -11,3 +21,137 @@ def test_battery(method, check):
         battery.CHECKS[check](method)
     except battery.NotApplicable as reason:
         pytest.skip(str(reason))
+
+
+# methods with a fault -------------------------------------------------------------------------------------------------
+
+
+class ChangesTheServers(Algorithm):
+    def start(self, local):
+        local.anchor.add_(0.01)
+
+
+class ChangesWhatAllGet(Algorithm):
+    def server_state(self, params):
+        return {"c": torch.zeros(3)}
+
+    def start(self, local):
+        local.shared["c"].add_(1)
+
+
+class ChangesItsMail(Algorithm):
+    def mail(self, server, client):
+        return {"params": server.params.clone()}
+
+    def upload(self, local):
+        update = super().upload(local)
+        local.mail["params"].zero_()
+        return update
+
+
+class ChangesWhatItKept(Algorithm):
+    def client_state(self, params):
+        return {"w": params.clone()}
+
+    def upload(self, local):
+        local.mine["w"].copy_(local.params)
+        return replace(super().upload(local), keep={"w": local.mine["w"].clone()})
+
+
+class SendsTheLiveWeights(Algorithm):
+    def upload(self, local):
+        return Update(1.0, local.params)
+
+
+class RemembersTheLastClient(Algorithm):
+    last = [0]  # outlives the client, as the state of a module does
+
+    def upload(self, local):
+        update = super().upload(local)
+        update.delta.add_(1e-6 * self.last[0])
+        self.last[0] = local.client
+        return update
+
+
+class SendsLess(Algorithm):
+    def sends(self):
+        return ("one", "other")
+
+    def upload(self, local):
+        return replace(super().upload(local), extra={"one": torch.ones(1)} if local.round == 1 else {})
+
+
+class SharesNothing(Algorithm):
+    def server_state(self, params):
+        return {"never": torch.empty(0)}
+
+
+class HeadsStandStill(Algorithm):
+    def personal(self, name, module):
+        return name.startswith("head.")
+
+    def phases(self, local, training):
+        return (Phase(1, own=False),)
+
+
+class BodiesStandStill(HeadsStandStill):
+    def phases(self, local, training):
+        return (Phase(1, shared=False),)
+
+
+@pytest.mark.parametrize(
+    ("check", "method", "why"),
+    [
+        ("apart", ChangesTheServers, "changed by client 0: server params"),
+        ("apart", ChangesWhatAllGet, "changed by client 0: server shared c"),
+        ("apart", ChangesItsMail, "changed by client 0: mail params"),
+        ("apart", ChangesWhatItKept, "changed by client .: state mine.w"),
+        ("apart", SendsTheLiveWeights, "changed by client 1: delta"),
+        ("apart", RemembersTheLastClient, "depends on the order of the clients: client 0's delta"),
+        ("declares", SendsLess, r"never sent: \['other'\]"),
+        ("declares", SharesNothing, r"never shared: \['never'\]"),
+        ("learns", HeadsStandStill, "nothing of a client's own"),
+        ("learns", BodiesStandStill, "nothing shared"),
+    ],
+)
+def test_a_fault_is_found(room, check, method, why):
+    register(room, method.__name__)(dataclass(frozen=True, kw_only=True)(method))
+    with pytest.raises(AssertionError, match=why):
+        battery.CHECKS[check](method.__name__)
+
+
+@pytest.mark.parametrize("name", ["payload", "size_of"])
+def test_wrong_counts_of_bytes_are_found(room, monkeypatch, name):
+    @register(room, f"counted by {name}")
+    @dataclass(frozen=True, kw_only=True)
+    class Counted(Algorithm):
+        def mail(self, server, client):
+            return {"note": torch.ones(2)}
+
+    right = getattr(clients, name)
+    monkeypatch.setattr(clients, name, lambda it: right(it) - 4)
+    with pytest.raises(AssertionError):
+        battery.declares(f"counted by {name}")
+
+
+def test_lines_are_counted():
+    source = '''"""Module.
+
+    Two paragraphs.
+    """
+
+    import os  # why
+
+    # a comment
+    class Thing:
+        """Class."""
+
+        size: int = 3
+        """Of it."""
+
+        def name(self) -> str:
+            return f"""
+    a text, which is code {os.sep}
+    """
+    '''.replace("\n    ", "\n")
+    assert battery.lengths(source) == (7, 18)

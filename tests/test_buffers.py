@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -11,6 +12,7 @@ from torch import nn
 
 from fedkeel.algorithms.base import Algorithm
 from fedkeel.algorithms.scaffold import Scaffold
+from fedkeel.bench import with_statistics
 from fedkeel.local import Training
 from fedkeel.loop import Incoming, run
 from fedkeel.models.split import Split
@@ -112,6 +114,33 @@ def test_pooled_variance_is_that_of_all_samples():
     incoming = Incoming(iter(replies), "pooled", server)
     incoming.drain()
     assert incoming.buffers().tolist() == pytest.approx([1.5, 4.0])
+
+
+@pytest.mark.parametrize(("bn_var", "variance"), [("mean", 3.25), ("pooled", 4.0)])
+def test_a_method_that_goes_on_from_the_average_has_the_same(bn_var, variance):
+    """Bit for bit that of the round loop, of numbers as above; without statistics the server's stay."""
+    worker, server = bed((1, 3), (2, 6))
+    lab = SimpleNamespace(weights=worker.weights, bn_var=bn_var)
+    updates = [
+        Update(w, torch.zeros_like(server.params), buffers=torch.tensor(stats))
+        for w, stats in [(1.0, (0.0, 1.0)), (3.0, (2.0, 4.0))]
+    ]
+    incoming = Incoming(iter(Reply(0, each, buffers=each.buffers) for each in updates), bn_var, server)
+    incoming.drain()
+    after = with_statistics(Algorithm().aggregate, replace(server, lab=lab), iter(updates))
+    assert after.buffers.tolist() == pytest.approx([1.5, variance])
+    assert torch.equal(after.buffers, incoming.buffers())
+    bare = [replace(each, buffers=each.buffers[:0]) for each in updates]
+    after = with_statistics(Algorithm().aggregate, replace(server, lab=lab), iter(bare))
+    assert after.buffers is server.buffers
+
+
+def test_pooling_reaches_methods_that_train_at_the_server(data, generator):
+    fgl = ("algorithm.name=fgl", "algorithm.volume=4", "algorithm.epochs=1", "algorithm.server_epochs=1")
+    config = (*fgl, *generator, *tiny.BATCHNORM, "partition.name=shards", "rounds=2")
+    mean, pooled = (run(tiny.config(*config, f"local.bn_var={how}"), data=data).weights for how in ("mean", "pooled"))
+    name = next(name for name in mean if name.endswith("running_var"))
+    assert (pooled[name] > mean[name]).all()
 
 
 def test_number_of_batches_is_the_maximum():

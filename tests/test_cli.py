@@ -400,6 +400,17 @@ def test_generate_fills_the_pool(config: Path) -> None:
     assert "no client" in done("generate", config).stdout
 
 
+def test_generate_tunes_first(config: Path) -> None:
+    """A folder for each generator: what is named is the one that holds them all."""
+    regl = ("algorithm.name=regl", "algorithm.preset=FT", "algorithm.min_images=1", "algorithm.volume=3")
+    words = ("generate", config, *regl, "pool.dir=pool")
+    value = json.loads(done(*words, "--json").stdout)
+    assert (value["images"], value["pool"]) == (4 * 4 * 3, "pool")
+    folders = {entry["fingerprint"][:16] for entry in value["adapters"]}
+    assert len(folders) == 4 and folders == {path.parent.name for path in Path("pool").glob("*/part-*")}
+    assert value["generators"] == [value["fingerprint"]] and value["fingerprint"][:16] not in folders
+
+
 def test_list_measures_what_crosses() -> None:
     rows = {row["name"]: row for row in json.loads(done("list", "algorithms", "--json").stdout)}
     assert rows["fedavg"]["down"] == rows["fedavg"]["up"] == 1
@@ -407,8 +418,11 @@ def test_list_measures_what_crosses() -> None:
     assert rows["scaffold"]["server_sends"] == ["model", "c"]
     assert 1.9 < rows["scaffold"]["up"] <= 2
     assert rows["fbl"]["up"] == 1, "offsets, images and choices stay"
+    assert rows["fedamp"]["server_sends"] == ["params", "alpha"], "a mixture, no model beside it"
     assert all(row["up"] is not None and row["down"] is not None for row in rows.values()), "every method is measured"
-    assert "2.00" in done("list", "algorithms").stdout
+    table = done("list", "algorithms").stdout
+    assert "2.00" in table
+    assert [line.split()[0] for line in table.splitlines() if "params down in place of the model" in line] == ["fedamp"]
     everything = json.loads(done("list", "--json").stdout)
     assert {row["room"] for row in everything} >= {"algorithms", "datasets", "partitions", "models", "generators"}
     assert all(row["doc"] and not row["doc"].startswith(row["name"] + "(") for row in everything)
@@ -436,6 +450,28 @@ def test_show_knows_everything_that_is_listed() -> None:
         option for option in json.loads(done("show", "local", "--json").stdout)["options"] if option["name"] == "lr"
     )
     assert (lr["default"], lr["allowed"], lr["type"]) == (0.01, "> 0", "a number")
+
+
+def test_show_says_of_a_method_what_crosses_and_where_it_departs() -> None:
+    for name in registry.names("algorithms"):
+        value = json.loads(done("show", f"algorithms/{name}", "--json").stdout)
+        assert value["crosses"].startswith("What crosses: ") and "\n" not in value["crosses"]
+        assert "departures" in value or name in ("fedavg_ft",), name
+    text = done("show", "scaffold").stdout
+    paper, departure, crosses, options = (text.index(part) for part in ("paper:", "Departure:", "What crosses:", "Opt"))
+    assert paper < departure < crosses < options
+    assert "departures" not in json.loads(done("show", "models/cnn", "--json").stdout)
+
+
+def test_show_leaves_out_what_a_method_has_no_use_for() -> None:
+    def values(name: str) -> dict[str, str]:
+        return {each["name"]: each["type"] for each in json.loads(done("show", name, "--json").stdout)["options"]}
+
+    assert {"weights", "denominator"} <= values("fedavg").keys()
+    for name in ("separate", "centralized", "fedamp"):
+        assert not {"weights", "denominator"} & values(name).keys()
+    for name in ("feddyn", "scaffold"):  # which refuse a third
+        assert values(name)["weights"] == "samples | uniform"
 
 
 def test_a_contact_sheet_is_of_images_that_are_there(config: Path, data: Dataset) -> None:

@@ -61,6 +61,22 @@ def test_a_first_update_that_was_refused_leaves_nothing(store):
     assert value(store.open(3, 2)) == 2.0
 
 
+def test_a_part_of_a_state(tmp_path):
+    """From memory or from its file, which is not taken in; a damaged one is refused as by `get`."""
+    for budget in (1 << 20, 0):
+        store = ClientStore(tmp_path / str(budget), budget=budget)
+        for client in (3, 4):
+            store.put(client, 1, {"w": torch.arange(1000.0), "marks": torch.arange(100, dtype=torch.uint8)})
+        held = set(store._held)
+        assert ((3, 1) in held) == (budget > 0)
+        for client in (3, 4):
+            assert store.part(client, 1, "marks", slice(90, 95)).tolist() == [90, 91, 92, 93, 94]
+        assert set(store._held) == held
+    store.file(3, 1).write_bytes(b"no state")
+    with pytest.raises(CheckpointError, match="client 3: its state of round 1 cannot be read"):
+        store.part(3, 1, "marks", slice(0, 5))
+
+
 def test_a_round_done_again_replaces_the_pending_state(store):
     """A killed server repeats the round: the state of the repetition counts, whatever file the first try left."""
     store.put(3, 1, state(1.0))

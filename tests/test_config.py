@@ -14,6 +14,8 @@ from fedkeel.algorithms.fbl import FBL
 from fedkeel.algorithms.fedprox import FedProx
 from fedkeel.config import load, parse, read, with_method
 from fedkeel.errors import ConfigError, UnknownName
+from fedkeel.generators.flow import Bundled
+from fedkeel.generators.gaussian import Gaussian
 from fedkeel.models.resnet import ResNet18
 from fedkeel.options import build, option, options
 from fedkeel.partition.dirichlet import Dirichlet
@@ -176,6 +178,7 @@ COMPLETE = {
     "noise": {},
     "evaluate": {"every": 3},
     "pool": {"sharing": "shared"},
+    "generators": {"unconstrained": {"seed": 9}, "constrained": {"name": "bundled", "steps": 2}},
 }
 
 
@@ -221,6 +224,66 @@ def test_the_key_follows_what_decides_numbers(override):
 )
 def test_the_key_ignores_what_does_not(override):
     assert tiny.config(override).key() == tiny.config().key()
+
+
+def test_generators_by_profile():
+    """A section of a profile stands over [generator], unless it names another one."""
+    table = {
+        "generator": {"name": "bundled", "steps": 2, "seed": 3},
+        "generators": {"unconstrained": {"steps": 8}, "constrained": {"name": "gaussian"}},
+    }
+    config = parse(table, ["generators.unconstrained.tune_steps=7"])
+    assert config.generator_of("unconstrained") == Bundled(steps=8, seed=3, tune_steps=7)
+    assert config.generator_of("constrained") == Gaussian()
+    assert config.generator_of("none") == config.generator == Bundled(steps=2, seed=3)
+    assert parse({}).generators is None and parse({}).generator_of("constrained") is None
+    assert parse({"generators": {"constrained": {"name": "gaussian"}}}).generator_of("constrained") == Gaussian()
+    for other in ("generators.unconstrained.steps=9", "generators.constrained.seed=1"):
+        assert parse(table, [other]).key() != parse(table).key()
+    again = parse(parse(table).table())
+    assert again == parse(table) and again.key() == parse(table).key()
+    named = parse({**table, "generators": {"unconstrained": {"name": "bundled", "steps": 8}}})
+    assert named.generator_of("unconstrained") == Bundled(steps=8, seed=3)  # the same one: over it, too
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"none": {"name": "bundled"}}, r"generators\.none = .*cannot generate"),
+        ({"constraint": {}}, r"generators\.constraint = .* Did you mean 'constrained'"),
+        ({"constrained": {"stepps": 3}}, r"generators\.constrained\.stepps = 3.* Did you mean 'steps'"),
+        ({"constrained": {"steps": 0}}, r"generators\.constrained\.steps = 0: must be >= 1"),
+        ({"constrained": {"name": "bundle"}}, r"there is no 'bundle'"),
+        ({"constrained": 3}, r"generators\.constrained = 3: must be a table with a name"),
+        (3, r"generators = 3: must hold tables: constrained, unconstrained"),
+    ],
+)
+def test_generators_that_cannot_be(section, said):
+    with pytest.raises((ConfigError, UnknownName), match=said):
+        parse({"generator": {"name": "bundled"}, "generators": section})
+
+
+def test_a_profile_of_no_generator_needs_a_name():
+    with pytest.raises(ConfigError, match=r"generators\.constrained\.name = None"):
+        parse({"generators": {"constrained": {"seed": 1}}})
+
+
+def test_options_younger_than_recorded_runs_leave_their_keys_alone():
+    """Runs begun before these options are gone on with: keys as they were then."""
+    base = {"clients": 4, "model": {"name": "cnn", "width": 8}}
+    keys = {
+        "fedavg": "8e33a55b36e16f264c4c46b259bdd8f60d87cf477af43b70eb41f88f0e08c898",
+        "regl": "05467e7d5f4d7f5088777717636d7f595f6d6681ee2d5b212b26ac7f143fa987",
+    }
+    for name, key in keys.items():
+        config = parse(with_method({**base, "generator": {"name": "bundled"}}, name))
+        assert config.key() == key
+        assert parse(config.table()).key() == key
+    old = parse(with_method({**base, "generator": {"name": "bundled", "steps": 1}}, "regl"))  # as they wrote it down
+    assert old.key() == keys["regl"]
+    for changed in ("generator.steps=2", "generator.tune_lr=0.1", "algorithm.tune=true", "evaluate.validation=0.1"):
+        assert parse(old.table(), [changed]).key() != keys["regl"], changed
+    assert parse(old.table(), ["pool.tuning_budget=3"]).key() == keys["regl"]  # what a machine has time for
 
 
 def test_shared_images_decide_numbers():

@@ -1,6 +1,7 @@
 """The protocols of the two papers that come with the package: every method in them can be made from them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -33,6 +34,25 @@ def test_the_two_optimisers_of_fbl_differ_in_nothing_else():
         table["local"] = {key: value for key, value in table["local"].items() if key not in ("lr", "momentum")}
         del table["name"]
     assert printed == conventional
+
+
+def test_regls_tables_name_their_methods_and_budgets():
+    """Table 2 has the centralised bound, capped at 200 epochs (R-19); in Table 4 every best is of 50 measurements."""
+    text = (FOLDER / "regl.toml").read_text()
+    lists = [line.removeprefix("#   ").split(",") for line in text.splitlines() if line.startswith("#   ")]
+    assert set(lists[0]) == set(GLOBAL)
+    table = load(FOLDER / "regl.toml")
+    central = parse(with_method(table, "centralized"))
+    passes = [central.algorithm.phases(round_of(number, 200, 5), central.local)[0].epochs for number in range(200)]
+    assert sum(passes) == 200
+    for spec in PERSONAL:
+        config = parse(with_method(table, spec))
+        assert config.rounds // config.personal.every == config.personal.epochs == 50
+
+
+def round_of(number, rounds, clients):
+    """As much of a client's round as `phases` looks at."""
+    return SimpleNamespace(round=number, rounds=rounds, clients=clients, lr=0.1)
 
 
 def test_no_table_of_options_is_for_nothing():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,11 @@ from safetensors.torch import save_file
 from fedkeel.data.fashion import Fashion
 from fedkeel.errors import ConfigError, DataError, PoolError
 from fedkeel.generators.base import Source
-from fedkeel.generators.flow import CHUNK, Bundled, FlowConfig, FlowNet, save
+from fedkeel.generators.flow import CHUNK, Bundled, FlowConfig, FlowNet, amend, save
 from fedkeel.generators.folder import Folder
 from fedkeel.generators.gaussian import Gaussian, fit
-from fedkeel.generators.names import match
+from fedkeel.generators.names import marks, match
+from fedkeel.generators.public import Public
 from fedkeel.options import build
 from fedkeel.records import Samples
 from fedkeel.registry import get
@@ -48,12 +50,20 @@ READY: dict[str, Callable[[Path], dict[str, object]]] = {
     "bundled": lambda pictures: {},
     "gaussian": lambda pictures: {},
     "folder": lambda pictures: {"dir": str(pictures)},
+    "public": lambda pictures: {},
 }
+PUBLIC = Samples.real_ones(DATA.train_x, DATA.train_y)
+
+
+def few(samples: Samples) -> Samples:
+    """Those of the classes FEW, with their numbers there."""
+    labels = torch.tensor([FEW.index(name) if name in FEW else -1 for name in DATA.classes])[samples.y]
+    return Samples.real_ones(samples.x[labels >= 0], labels[labels >= 0])
 
 
 def source_of(name: str, pictures: Path, **options: object) -> Source:
     made = build(get("generators", name), {**READY[name](pictures), **options}, "generator")
-    source: Source = made.load(FEW, (1, 28, 28), CPU)
+    source: Source = made.load(FEW, (1, 28, 28), CPU, few(PUBLIC))
     return source
 
 
@@ -161,10 +171,6 @@ def test_gaussian_can_be_fitted_saved_and_refitted(tmp_path: Path) -> None:
     source = Gaussian(path=str(tmp_path / "own.safetensors")).load(FEW, (1, 28, 28), CPU)
     assert source.generate([1], [0]).shape == (1, 1, 28, 28)
     dresses = samples.take(samples.y == 3)
-    again = source.fit(Samples.real_ones(255 - dresses.x, torch.zeros(40, dtype=torch.int64)))
-    assert again.generate([0], [0]).float().mean() > 128
-    assert torch.equal(again.generate([1], [0]), source.generate([1], [0]))
-    assert again.fingerprint() != source.fingerprint()
     with pytest.raises(PoolError, match="'t-shirt/top' has 0"):
         fit(dresses, DATA.classes)
     with pytest.raises(DataError, match="absent"):
@@ -172,6 +178,73 @@ def test_gaussian_can_be_fitted_saved_and_refitted(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(DataError, match="no fitted Gaussians"):
         Gaussian(path=str(tmp_path / "other.safetensors")).load(FEW, (1, 28, 28), CPU)
+
+
+def test_gaussian_is_fitted_to_public_images_where_the_package_has_none() -> None:
+    """Sizes and classes that no file in the package knows; a file that is named, or knows them, comes first."""
+    colour = Samples.real_ones(DATA.train_x[:60, :, ::2, ::2].expand(-1, 3, -1, -1), torch.arange(60) % 2)
+    source = Gaussian().load(("one", "two"), (3, 14, 14), CPU, colour)
+    assert source.generate([1, 0], [0, 0]).shape == (2, 3, 14, 14)
+    assert source.mean[1].float() == pytest.approx(colour.x[1::2].float().mean(0).flatten(), rel=1e-3)
+    bundled = Gaussian().load(FEW, (1, 28, 28), CPU)
+    assert Gaussian().load(FEW, (1, 28, 28), CPU, few(PUBLIC)).fingerprint() == bundled.fingerprint()
+    with pytest.raises(PoolError, match=r"14x14x3 images of one, two; it has .*; set data\.public_limit"):
+        Gaussian().load(("one", "two"), (3, 14, 14), CPU)
+    with pytest.raises(PoolError, match="'two' has 1"):
+        Gaussian().load(("one", "two"), (3, 14, 14), CPU, colour.take(torch.tensor([0, 1, 2, 4])))
+
+
+def test_public_images_are_served_as_they_are() -> None:
+    public = few(PUBLIC)
+    source = Public().load(FEW, (1, 28, 28), CPU, public)
+    dresses = public.x[public.y == 0]
+    assert torch.equal(source.generate([0] * 40, list(range(40))), dresses)
+    with pytest.raises(PoolError, match=r"'dress': public image 41 is wanted, there are 40; raise data\.public_limit"):
+        source.generate([0], [40])
+    again = Public(repeat=True).load(FEW, (1, 28, 28), CPU, public)
+    assert torch.equal(again.generate([0], [43]), dresses[3:4])
+    limited = Public(limit=30).load(FEW, (1, 28, 28), CPU, public)
+    assert limited.memory_bytes() == {"images": 30 * 784}  # stratified: ten of each
+    assert torch.equal(limited.generate([0], [9]), dresses[9:10])
+    assert len({each.fingerprint() for each in (source, again, limited)}) == 3
+    with pytest.raises(ConfigError, match=r"data\.public_limit = 0: generator 'public' needs public images"):
+        Public().load(FEW, (1, 28, 28), CPU)
+    with pytest.raises(PoolError, match="no images of ankle boot"):
+        Public().load(FEW, (1, 28, 28), CPU, public.take(public.y != 1))
+
+
+def test_a_weights_file_says_how_it_is_served_and_what_it_was_trained_on(tmp_path: Path) -> None:
+    config, path = FlowConfig(("cat",), (1, 8, 8), widths=(8,), condition=8), tmp_path / "flow.safetensors"
+    net, images = FlowNet(config), torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
+    torch.nn.init.normal_(net.last.weight, std=0.1)
+    save(net, config, path, "as it was saved before")
+    old = Bundled(path=str(path)).load(("cat",), (1, 8, 8), CPU)
+    assert (old.steps, old.trained_on) == (1, None)
+    amend(path, images, steps=3)
+    amend(path)  # nothing to add, nothing lost
+    new = Bundled(path=str(path)).load(("cat",), (1, 8, 8), CPU)
+    assert new.steps == 3 and new.trained_on is not None and torch.equal(new.trained_on, marks(images))
+    one = Bundled(path=str(path), steps=1).load(("cat",), (1, 8, 8), CPU)
+    assert torch.equal(one.generate([0], [4]), old.generate([0], [4]))
+    assert not torch.equal(one.generate([0], [4]), new.generate([0], [4]))
+    save(net, config, path, "with its images", images)
+    assert torch.equal(Bundled(path=str(path)).load(("cat",), (1, 8, 8), CPU).trained_on, marks(images))
+
+
+def test_the_bundled_flow_knows_its_images() -> None:
+    """By the hashes beside the data: 10,000 public ones, none of which a client of `fashion` has."""
+    known = Bundled().load(DATA.classes, DATA.shape, CPU).trained_on
+    assert len(known.unique()) == 10_000
+    assert not torch.isin(marks(Fashion().load().train_x), known).any()
+
+
+def test_marks() -> None:
+    """The first eight bytes of SHA-256, as a signed number, whatever the memory looks like."""
+    x = torch.tensor([[[[1, 2], [3, 4]]], [[[0, 0], [0, 0]]]], dtype=torch.uint8)
+    wanted = [hashlib.sha256(bytes(pixels)).digest()[:8] for pixels in ([1, 2, 3, 4], [0, 0, 0, 0])]
+    assert marks(x).tolist() == [int.from_bytes(each, "little", signed=True) for each in wanted]
+    assert torch.equal(marks(x.to(memory_format=torch.channels_last)), marks(x))
+    assert len(marks(x[:0])) == 0
 
 
 def test_folder_serves_the_files_in_order(pictures: Path) -> None:

@@ -15,11 +15,11 @@ from torch.nn.functional import cross_entropy
 from fedkeel.algorithms.base import Algorithm
 from fedkeel.data.transforms import Transform
 from fedkeel.errors import ConfigError, UndeclaredField
-from fedkeel.local import Training, batches, full_gradient, losses, train
+from fedkeel.local import Training, batches, descend, full_gradient, losses, train
 from fedkeel.models.cnn import CNN
 from fedkeel.models.mlp import MLP
 from fedkeel.models.split import Split
-from fedkeel.records import Update
+from fedkeel.records import Phase, Update
 from fedkeel.rng import Streams, isolated
 from fedkeel.weights import Rule, treat
 
@@ -239,6 +239,27 @@ def test_decay_and_clip_come_after_the_correction():
     train(local, worker.algorithm, training, worker.weights)
     each = 2.0 / len(local.params) ** 0.5
     assert torch.allclose(local.params, local.anchor - 0.1 * (each + 0.5 * local.anchor), atol=1e-6)
+
+
+def test_clip_is_of_all_that_moves():
+    """Of shared and own parameters together where both move, to the last bit; of none where none does."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Headless(Algorithm):
+        def personal(self, name, module):
+            return name.startswith("head.")
+
+    training = Training(steps=1, batch=4, lr=0.1, clip=1e-3)
+    worker, local = opened(perceptron(), 4, training, Headless())
+    weights, start = worker.weights, worker.weights.flat.clone()
+    worker.algorithm.loss(local, next(batches(replace(local, _open={})))).backward()
+    grad = weights.grad * torch.clamp(1e-3 / (weights.grad.norm() + 1e-6), max=1.0)
+    descend(local, worker.algorithm, training, weights, Phase(steps=1))
+    assert 0 < local.layout.shared < local.layout.trained
+    assert torch.equal(weights.flat, start.add(grad, alpha=-0.1))
+    still = weights.flat.clone()
+    descend(local, worker.algorithm, training, weights, Phase(steps=1, shared=False, own=False))
+    assert torch.equal(weights.flat, still)
 
 
 def test_loss_is_the_mean_over_samples_of_the_last_epoch():

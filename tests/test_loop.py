@@ -11,11 +11,13 @@ import subprocess
 import tomllib
 import traceback
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fedkeel import loop
@@ -319,6 +321,64 @@ def test_undeclared_fields_stop_the_run(data, room, where):
         run(tiny.config("algorithm.name=leaky"), data=data)
 
 
+def test_a_methods_own_numbers_are_in_the_records(data, room, tmp_path):
+    """The server's for their round alone, clients' as means over those that have them; none is sent or saved."""
+    seen = []
+
+    @register("algorithms", "tells")
+    @dataclass(frozen=True, kw_only=True)
+    class Tells(Algorithm):
+        def upload(self, local):
+            told = {"client": float(local.client)} if local.client else {}
+            return replace(super().upload(local), metrics=told if local.round != 2 else {})
+
+        def aggregate(self, server, updates):
+            kept = list(updates)
+            seen.extend([server.metrics, server.beside, *(update.metrics for update in kept)])
+            after = super().aggregate(server, iter(kept))
+            if server.round == 1:
+                return after
+            numbers = {"length": float(after.params.norm()), "endless": math.inf}
+            return replace(after, metrics=numbers, beside={"first": server.params})
+
+    config = ("evaluate.every=3", "rounds=4", "checkpoint_every=4")
+    told = run(tiny.config("algorithm.name=tells", *config), data=data, folder=tmp_path / "told")
+    plain = run(tiny.config(*config), data=data, folder=tmp_path / "plain")
+    assert same(told, plain) and seen == [{}] * 4 * (2 + 4)
+    lines = [json.loads(line) for line in (tmp_path / "told" / "rounds.jsonl").read_text().splitlines()]
+    own = [{key: value for key, value in line.items() if key.startswith("method/")} for line in lines]
+    length = float(torch.cat([tensor.flatten() for tensor in told.weights.values()]).norm())
+    assert own[3].pop("method/length") == pytest.approx(length)
+    assert own[0].pop("method/length") > 0 and own[2].pop("method/length") > 0
+    for at in (2, 3):
+        assert own[at].pop("method/first/accuracy") >= 0 and own[at].pop("method/first/loss") > 0
+    assert own == [
+        {"method/client": 2.0, "method/endless": None},
+        {"method/client": 2.0},
+        {"method/endless": None},
+        {"method/client": 2.0, "method/endless": None},
+    ]
+    rest = [{key: value for key, value in numbers(line).items() if not key.startswith("method/")} for line in lines]
+    assert rest == comparable(plain)  # what crossed, too
+    one, other = (next((tmp_path / name / "checkpoint").glob("*/server.safetensors")) for name in ("told", "plain"))
+    assert load_file(one).keys() == load_file(other).keys()
+
+
+def test_a_model_beside_the_servers_is_measured(data, room):
+    """What the server had before, beside what it has: this round's numbers are those of the round before."""
+
+    @register("algorithms", "looks_back")
+    @dataclass(frozen=True, kw_only=True)
+    class LooksBack(Algorithm):
+        def aggregate(self, server, updates):
+            return replace(super().aggregate(server, updates), beside={"before": server.params})
+
+    rounds = run(tiny.config("algorithm.name=looks_back"), data=data).rounds
+    for before, now in pairwise(rounds):
+        for name in ("accuracy", "loss"):
+            assert now[f"method/before/{name}"] == before[f"global/{name}"]
+
+
 def test_an_averaged_model_that_is_not_finite_stops_the_run(data, room):
     @register("algorithms", "explodes")
     @dataclass(frozen=True, kw_only=True)
@@ -361,6 +421,15 @@ def test_switching_a_method_off_is_said(data):
     run(tiny.config("algorithm.name=fedprox", "algorithm.mu=0"), data=data, listener=heard)
     assert heard.warnings == ["algorithm.mu = 0.0: this switches the method off"]
     assert heard.rounds == [1, 2, 3, 4] and heard.ends == 1
+
+
+@pytest.mark.parametrize("keys", [["algorithm.mu", "balance.volume"], ["balance.volume"]])
+def test_the_method_and_what_balances_it_are_switched_off_apart(data, keys):
+    """Each under its own section; neither speaks for the other."""
+    heard, off = Heard(), [f"{key}=0" for key in keys]
+    named = ("algorithm.name=fedprox", "balance.name=regl", "rounds=1")
+    run(tiny.config(*named, *off), data=data, listener=heard)
+    assert [text.partition(" = 0")[0] for text in heard.warnings] == keys
 
 
 def test_identities(data):

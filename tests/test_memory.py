@@ -21,7 +21,12 @@ def crowd():
 
 @pytest.mark.parametrize(
     ("method", "kept"),
-    [("fedcda", "shelf"), pytest.param("fedamp", "shelf", marks=pytest.mark.slow), ("moon", "store")],
+    [
+        ("fedcda", "shelf"),
+        pytest.param("fedamp", "shelf", marks=pytest.mark.slow),
+        ("fedcac", "shelf"),
+        ("moon", "store"),
+    ],
 )
 def test_a_thousand_clients_stay_under_the_budget(method, kept, crowd, monkeypatch, tmp_path):
     config = tiny.config(
@@ -35,6 +40,7 @@ def test_a_thousand_clients_stay_under_the_budget(method, kept, crowd, monkeypat
         f"checkpoint_every={ROUNDS}",
         "evaluate.every=6",
         "personal.measure=never",
+        *(["algorithm.beta=6"] if method == "fedcac" else []),  # the shelf is used to the end
     )
     jobs: list[Job] = []
     monkeypatch.setattr("fedkeel.loop.Job", lambda *args, **more: jobs.append(Job(*args, **more)) or jobs[0])

@@ -181,6 +181,8 @@ def test_global_share() -> None:
     common = set.intersection(*(set(rows.tolist()) for rows in some))
     assert torch.bincount(y[list(common)]).tolist() == [20, 10, 5]
     assert [set(rows.tolist()) for rows in some] == [set(rows.tolist()) | common for rows in base]
+    less = GlobalShare(alpha=0.3, share=0.1).split(y, 4, 3, rng(5))  # the columns of Table 1 differ in nothing else
+    assert all(set(a.tolist()) <= set(b.tolist()) for a, b in zip(less, some, strict=True))
     everything = GlobalShare(alpha=0.3, share=1.0).split(y, 4, 3, rng(5))
     assert all(torch.equal(rows, torch.arange(175)) for rows in everything)
 

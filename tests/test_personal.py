@@ -19,7 +19,8 @@ from fedkeel.records import Samples
 def sets(counts, tests, seed=0, **options):
     """Test sets of clients with these train counts, and how many images of each class they hold."""
     y = torch.arange(len(tests)).repeat_interleave(torch.tensor(tests))
-    found = sets_of(torch.tensor(counts), y, Personal(**options), torch.Generator().manual_seed(seed))
+    held = torch.tensor(counts)
+    found = sets_of(held, held.sum(0), y, Personal(**options), torch.Generator().manual_seed(seed))
     return found, [torch.bincount(y[rows], minlength=len(tests)).tolist() for rows in found]
 
 
@@ -55,6 +56,16 @@ def test_then_with_overlap_but_never_twice_for_one_client():
 def test_without_overlap_those_who_come_late_get_none():
     found, counts = sets([[1]] * 10, [4], overlap=False)
     assert counts == [[1]] * 4 + [[0]] * 6 and len(found[9]) == 0
+
+
+def test_images_held_in_common_count_once(data):
+    """ReGL, Table 1: all clients hold the same half of each class (12 of 24 train images) beside their own, and there
+    are 10 test images of it: a client with n images is tested on round(10 n / 24), whatever the others hold."""
+    job = Job(tiny.config("partition.name=global_share", "partition.share=0.5", "partition.alpha=0.3"), data)
+    assert int(job.partition.counts.sum()) > len(data.train_y) == 96
+    for counts, rows in zip(job.partition.counts, job.personal_tests, strict=True):
+        found = torch.bincount(data.test_y[rows], minlength=4)
+        assert found.tolist() == [int(10 * n / 24 + 0.5) for n in counts.tolist()]
 
 
 def test_least_number_of_images():
@@ -116,6 +127,7 @@ def test_the_best_of_a_method_that_does_not_tune_is_over_rounds(monkeypatch, dat
     found = measured(monkeypatch, data, curves, (1, 1, 1, 1), before, "fedrep")
     assert found["personal/accuracy_best"] == pytest.approx((0.9 + 0.7 + 0.2 + 0.2) / 4)
     assert found["personal/accuracy_last"] == pytest.approx(0.2)
+    assert found["personal/evaluations"] == 3
     found = measured(monkeypatch, data, curves, (1, 1, 1, 1), before, "fedavg_ft")
     assert found["personal/accuracy_best"] == pytest.approx(0.2)  # there over the epochs of this tuning
 
@@ -129,6 +141,8 @@ def test_best_is_at_least_last(data, method):
             assert 0 <= record[f"personal/accuracy_last{kind}"] <= record[f"personal/accuracy_best{kind}"] <= 1
     bests = [record["personal/accuracy_best"] for record in result.rounds]
     assert method == "fedavg_ft" or bests == sorted(bests)
+    of = [record["personal/evaluations"] for record in result.rounds]
+    assert of == ([3] * 4 if method == "fedavg_ft" else [1, 2, 3, 4])  # two epochs of tuning, and before them
 
 
 class Stop(Silent):

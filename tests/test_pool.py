@@ -175,6 +175,10 @@ def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     pool = Pool(Counting(), tmp_path, batch=10)
     assert indices(pool.take(0, 0, 60)) == list(range(60))
     assert sum(part.numel() for part in pool._memory.values()) <= 100
+    assert indices(Pool(Counting(), tmp_path, among=2).take(0, 0, 60)) == list(range(60))
+    half = Pool(Counting(), tmp_path / "half", batch=10, among=2)
+    assert indices(half.take(0, 0, 60)) == list(range(60))
+    assert sum(part.numel() for part in half._memory.values()) <= 50
     monkeypatch.setattr(store, "MEMORY", 10)
     assert indices(Pool(Counting(), None, batch=10).take(0, 0, 60)) == list(range(60))
 

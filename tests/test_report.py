@@ -116,6 +116,19 @@ def test_numbers_by_hand(comparison: Path) -> None:
     assert methods(read_runs([comparison]))[1].per_class()[CLASSES[3]] == pytest.approx(0.93)
 
 
+def test_what_looks_back_over_all_rounds_is_read_at_the_end(tmp_path: Path) -> None:
+    """A best so far and the number of evaluations behind it are not averaged over the last ten."""
+    folder = write_run(tmp_path / "run", "fedrep", "FedRep", 1, [None] * 4)
+    path = folder / "rounds.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row, last, best in zip(rows, [0.2, 0.8, 0.4, 0.6], [0.2, 0.8, 0.8, 0.8], strict=True):
+        row |= {"personal/accuracy_last": last, "personal/accuracy_best": best, "personal/evaluations": row["round"]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (row,) = summarise(read_runs([folder]))
+    found = {name: row.metrics[f"personal/{name}"] for name in ("accuracy_last", "accuracy_best", "evaluations")}
+    assert found == pytest.approx({"accuracy_last": 0.5, "accuracy_best": 0.8, "evaluations": 4})
+
+
 def test_a_real_run(comparison: Path, data: Dataset, generator: tuple[str, ...], tmp_path: Path) -> None:
     """What the loop writes is what the other tests here stand on, and the page says where its numbers come from."""
     config = tiny.config(

@@ -285,6 +285,24 @@ def test_limits_are_stratified_first_of_each_class(folder: Path) -> None:
     assert np.bincount(labels[stratified(labels, 11)]).tolist() == [8, 2, 1]  # 7.7, 2.2, 1.1
 
 
+def test_a_list_of_classes(folder: Path) -> None:
+    """Only these, in this order (R-14), whatever else is asked; the pictures are those of the whole data set."""
+    whole, some = Parquet(dir=str(folder)).load(), Parquet(dir=str(folder), classes=("eel", "cat")).load()
+    assert some.classes == ("eel", "cat")
+    for of, to in ((2, 0), (0, 1)):
+        assert torch.equal(some.train_x[some.train_y == to], whole.train_x[whole.train_y == of])
+        assert torch.equal(some.test_x[some.test_y == to], whole.test_x[whole.test_y == of])
+    assert len(some.train_y) == int((whole.train_y != 1).sum())
+    few = Parquet(dir=str(folder), classes=("eel", "cat"), public_limit=2, train_limit=4).load()
+    assert few.train_y.bincount().tolist() == [2, 2] and few.public is not None and len(few.public.y) == 2
+    for names, said in (
+        (("eel", "catt"), r"data\.classes\[1\] = 'catt': .* there are cat, dog, eel.* Did you mean 'cat'"),
+        (("eel", "eel"), r"data\.classes\[1\] = 'eel': is named twice"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            Parquet(dir=str(folder), classes=names).load()
+
+
 def test_the_public_part_is_nobodys(folder: Path) -> None:
     """The last images of each class, which no limit on the private part changes; the two parts share no row."""
     whole = Parquet(dir=str(folder)).load()

@@ -3,6 +3,8 @@
     python tools/train_flow.py fashion [FOLDER]   about 35 minutes on one core; FOLDER holds the four original .gz files
     python tools/train_flow.py cifar10 FOLDER     about 100 minutes on one core; FOLDER holds CIFAR-10 as parquet
 
+    python tools/train_flow.py cifar10 FOLDER --amend FILE [--steps N]   adds to a finished file what it was trained on
+
 --teacher, --student: read when they exist, otherwise trained and written; training goes on from FILE.part when it was
 stopped. The recipes are below; docs/generator-card.md has the numbers.
 
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fedkeel.data.sources import Parquet
-from fedkeel.generators.flow import BUNDLED, FlowConfig, FlowNet, euler, load, save
+from fedkeel.generators.flow import BUNDLED, FlowConfig, FlowNet, amend, euler, load, save
 
 BATCH, WARM_UP = 96, 50
 
@@ -192,8 +194,13 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=ORIGINAL)
     for stage in ("teacher", "student", "out"):
         parser.add_argument(f"--{stage}", type=Path)
+    parser.add_argument("--amend", type=Path, help="only add to this file which images it was trained on")
+    parser.add_argument("--steps", type=int, help="and the Euler steps to serve it with")
     args = parser.parse_args()
     recipe = RECIPES[args.name]
+    if args.amend:
+        amend(args.amend, recipe.public(args.folder)[0], args.steps)
+        return
     teacher_path = args.teacher or Path(f"flow-{args.name}-teacher.safetensors")
     student_path = args.student or Path(f"flow-{args.name}-student.safetensors")
     out = args.out or BUNDLED / f"flow-{args.name}.safetensors"
@@ -207,12 +214,13 @@ def main() -> None:
         torch.manual_seed(0)
         trained = straighten(recipe, teacher, student_path.with_suffix(".part"))
         save(trained, recipe.config, student_path, f"straightened; {recipe.source}; tools/train_flow.py")
+    images = recipe.public(args.folder)[0]
     final, note = load(student_path)[0], "straightened"
     if recipe.last_steps:
         torch.manual_seed(1)
         final = one_step(recipe, teacher, final, out.with_suffix(".part"))
         note = "straightened, one step"
-    save(final, recipe.config, out, f"{note}; {recipe.source}; tools/train_flow.py")
+    save(final, recipe.config, out, f"{note}; {recipe.source}; tools/train_flow.py", images)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
-import torch
-
 from fedkeel.local import Training
 from fedkeel.records import Local, Samples, Server, Update
+from fedkeel.weights import Statistics
 
 
 def with_statistics(
@@ -16,18 +15,17 @@ def with_statistics(
 ) -> Server:
     """What `aggregate` makes of the updates, with the average of their BatchNorm statistics by the same weights, for a
     method that goes on from there. (For all others the round loop averages them afterwards.)"""
-    total, sums = 0.0, torch.zeros_like(server.buffers)
+    assert server.lab is not None
+    statistics = Statistics(server.lab.weights.layout, server.lab.bn_var)
 
     def watched() -> Iterator[Update]:
-        nonlocal total
         for update in updates:
             assert update.buffers is not None
-            sums.add_(update.buffers, alpha=update.weight)
-            total += update.weight
+            statistics.add(update.buffers, update.weight)
             yield update
 
-    after = aggregate(server, watched())
-    return replace(after, buffers=sums / total)
+    after, average = aggregate(server, watched()), statistics.average()
+    return after if average is None else replace(after, buffers=average)
 
 
 def at_server(server: Server, samples: Samples, training: Training) -> Local:

@@ -46,8 +46,17 @@ class Thing:
             text = (module.__doc__ if module is not None else "") or ""
         return inspect.cleandoc(text)
 
+    def parts(self) -> dict[str, str]:
+        """What a method's module says of its departures from the paper and of what crosses, a paragraph each."""
+        module = inspect.getmodule(self.cls) if self.room == "algorithms" else None
+        paragraphs = inspect.cleandoc((module and module.__doc__) or "").split("\n\n")
+        heads = {"departures": "Departure", "crosses": "What crosses"}
+        found = {name: [text for text in paragraphs if text.startswith(head)] for name, head in heads.items()}
+        return {name: texts[0] for name, texts in found.items() if texts}
+
     def options(self) -> list[Option]:
-        return options(self.cls)
+        """Its options, but those of all methods that it has no use for."""
+        return [option for option in options(self.cls) if option.name not in getattr(self.cls, "unused", ())]
 
     def as_json(self) -> dict[str, object]:
         """Plain values, for scripts."""
@@ -67,7 +76,7 @@ class Thing:
         for fact in ("kind", "paper", "presets"):
             if self.room == "algorithms" and (value := getattr(self.cls, fact, None)):
                 out[fact] = value
-        return out
+        return out | {name: text.replace("\n", " ") for name, text in self.parts().items()}
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,15 @@ class Traffic:
     times_down: float
     times_up: float
     times_kept: float
+
+    def from_server(self) -> list[str]:
+        """All that the server sends, the model or the weights that stand in for it first."""
+        return ["params" if "params" in self.down else "model", *(name for name in self.down if name != "params")]
+
+    def beside(self) -> str:
+        """In words, what crosses beside the model."""
+        down = [f"{name} down" + " in place of the model" * (name == "params") for name in self.down]
+        return ", ".join(down + [f"{name} up" for name in self.up])
 
 
 def things(room: str) -> list[Thing]:

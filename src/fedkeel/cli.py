@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from fedkeel.catalogue import Thing
     from fedkeel.job import Job
+    from fedkeel.record import Console
 
 WIDE = 20
 """Classes up to which each has a column in the table of a partition."""
@@ -218,20 +219,59 @@ def partition(
 
 
 @app.command(rich_help_panel="Prepare")
-def generate(config: ConfigFile, keys: Overrides = None, as_json: AsJson = False) -> None:
-    """Fill the pool of synthetic images ahead of a run; goes on where it was stopped."""
+def generate(
+    config: ConfigFile,
+    keys: Overrides = None,
+    inspect: Annotated[bool, typer.Option("--inspect", help="Measure the images of every class instead.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Measure time and memory instead.")] = False,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Images of each class to measure.", show_default="100, --profile 8")
+    ] = None,
+    precisions: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="For --profile.", show_default="fp32,bf16,uint4")
+    ] = None,
+    client: Annotated[
+        int | None, typer.Option(min=0, help="Measure this client's generator, tuned where it tunes.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write.", show_default="runs/<name>/generator")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fill the pool of synthetic images ahead of a run; goes on where it was stopped.
+
+    --inspect says of each class whether its images are right, varied and no copies, and exits with 1 when one fails:
+    contact sheets, a table, a page. --profile says what each precision costs on this machine.
+    """
     _quiet()
     from fedkeel.config import read
     from fedkeel.job import Job
     from fedkeel.record import Console
 
-    job, console = Job(read(config, keys or ())), Console()
+    given = {"--images": images, "--precisions": precisions, "--client": client, "--out": out}
+    for word in () if profile else ("--precisions",) if inspect else tuple(given):
+        if given[word] is not None:
+            raise ConfigError(
+                word, str(given[word]), "goes with --profile" + (" or --inspect" * (word != "--precisions"))
+            )
+    if inspect and profile:
+        raise ConfigError("--profile", True, "give --inspect or --profile, not both")
+    chosen, console = read(config, keys or ()), Console()
+    job = Job(chosen)
     job.warn = console.warned
+    folder = out or chosen.folder / "generator"
+    if client is not None and client >= chosen.clients:
+        raise ConfigError("--client", client, f"clients are numbered 0 to {chosen.clients - 1}")
+    if inspect:
+        return _inspect(job, console, folder, images or 100, client, as_json)
+    if profile:
+        return _profile(job, console, folder, images or 8, client, precisions, as_json)
     with _stoppable("the same command"), console.bars:
-        count = job.generate(console.generating)
+        count = job.generate(console.generating, console.tuning)
     found: dict[str, object] = {"images": count}
     if count:
-        found |= {"pool": str(job.images.pool.dir), "fingerprint": job.source.fingerprint()}
+        used = [str(each["fingerprint"]) for each in job.untuned().values()]
+        found |= {"pool": str(job.pools / used[0][:16]), "fingerprint": used[0]}
+        if job.adapters or len(used) > 1:  # a folder for each of several generators
+            found |= {"pool": str(job.pools), "generators": used, "adapters": list(job.adapters.values())}
     if as_json:
         _json(found)
     elif count:
@@ -292,7 +332,7 @@ def list_(
             if thing.name in measured:
                 sent = measured[thing.name]
                 row |= {"kind": getattr(thing.cls, "kind", ""), "paper": getattr(thing.cls, "paper", "")}
-                row |= {"server_sends": ["model", *sent.down], "client_sends": ["model", *sent.up]}
+                row |= {"server_sends": sent.from_server(), "client_sends": ["model", *sent.up]}
                 row |= {"down": _number(sent.times_down), "up": _number(sent.times_up)}
                 row |= {"client_keeps": _number(sent.times_kept)}
             rows.append(row)
@@ -302,9 +342,8 @@ def list_(
         lines = []
         for thing in found["algorithms"]:
             sent = measured[thing.name]
-            beside = ", ".join([f"{name} down" for name in sent.down] + [f"{name} up" for name in sent.up]) or "–"
             factors = (_factor(sent.times_down), _factor(sent.times_up), _factor(sent.times_kept))
-            facts = (*factors, beside, getattr(thing.cls, "paper", ""))
+            facts = (*factors, sent.beside() or "–", getattr(thing.cls, "paper", ""))
             lines.append((thing.name, getattr(thing.cls, "kind", ""), *facts))
         note = "Bytes of a round down and up, and what a client keeps, as factors of FedAvg's model; measured on a CNN."
         _show(_table(heads, lines, note))
@@ -319,7 +358,7 @@ def show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Such as fbl, models/cnn, or a section: local.")],
     as_json: AsJson = False,
 ) -> None:
-    """The options of one thing: types, defaults, ranges, what they mean.
+    """The options of one thing: types, defaults, ranges, what they mean; of a method also what crosses.
 
     NAME is one of fedkeel list, with its room where two share it (models/cnn), or a section of a configuration: run
     (the keys outside any section), local, pool, profiles, augment, noise, evaluate, personal.
@@ -335,6 +374,8 @@ def show(
     for fact in ("paper", "kind"):
         if thing.room == "algorithms" and (value := getattr(thing.cls, fact, "")):
             typer.echo(f"{fact}: {value}")
+    for text in thing.parts().values():
+        typer.echo(f"\n{text}")
     _show(_options(thing))
     for preset, values in getattr(thing.cls, "presets", {}).items() if thing.room == "algorithms" else ():
         typer.echo(f"preset {preset}: " + ", ".join(f"{key} = {_plain(value)}" for key, value in values.items()))
@@ -361,6 +402,43 @@ def report(
         return
     _show(as_text(rows))
     typer.echo(f"report: {page}")
+
+
+@app.command(rich_help_panel="Look")
+def figures(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs that are done.")],
+    what: Annotated[
+        str, typer.Option(metavar="A,B,...", help="Which pictures: classes, tsne, sheets.")
+    ] = "classes,tsne,sheets",
+    client: Annotated[int, typer.Option(min=0, help="The client that is looked at.")] = 0,
+    number: Annotated[
+        int | None, typer.Option("--round", min=1, help="The recorded round of `classes`.", show_default="the last")
+    ] = None,
+    each: Annotated[int, typer.Option(min=2, help="Images of a class in t-SNE pictures.")] = 40,
+    clip: Annotated[str | None, typer.Option(help="A CLIP model, for t-SNE pictures of images.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute.", show_default="the run's")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="figures in the only RUN")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """One client under the lens: accuracy per class before and after a local update, features, images side by side.
+
+    Several runs of one partition are drawn beside each other. Numbers stand in JSON files beside the pictures.
+    """
+    _quiet()
+    from fedkeel.report.figures import Asked, write_figures
+
+    folders = [_folder(run) for run in runs]
+    kinds = [kind.strip() for kind in what.split(",") if kind.strip()]
+    asked = Asked(kinds, client, number, each, clip=clip)
+    with _stoppable("the same command"):
+        written = write_figures(
+            folders, out or (folders[0] / "figures" if len(folders) == 1 else Path("figures")), asked, device=device
+        )
+    if as_json:
+        _json([{"picture": str(path), "numbers": str(path.with_suffix(".json"))} for path in written])
+        return
+    for path in written:
+        typer.echo(str(path))
 
 
 @app.command(rich_help_panel="Look")
@@ -418,6 +496,58 @@ def _compare(
     _show(as_text(summarise(read_runs([result.folder for result in done.results.values() if result.folder]))))
     if done.report:
         typer.echo(f"report: {done.report}")
+
+
+def _inspect(job: Job, console: Console, folder: Path, images: int, client: int | None, as_json: bool) -> None:
+    """The quality of a generator's images; exits with 1 when a class fails."""
+    from fedkeel.generators.quality import inspect
+    from fedkeel.report import sheets
+
+    with _stoppable("the same command"), console.bars:
+        stage = _stages(console)
+        source = None if client is None else job.source_of(client, lambda _, done, total: stage("tuning", done, total))
+        found = inspect(job, images, source=source, progress=stage)
+    written = sheets.write_quality(found, folder)
+    if as_json:
+        _json({**sheets.as_json(found), "files": written})
+    else:
+        _show(_table(*sheets.table(found), sheets.NOTES, right=True))
+        for line in sheets.summary(found):
+            typer.echo(line)
+        typer.echo(f"sheets and page: {folder}")
+    if found.failed:
+        raise typer.Exit(1)
+
+
+def _profile(
+    job: Job, console: Console, folder: Path, images: int, client: int | None, precisions: str | None, as_json: bool
+) -> None:
+    """What a generator costs in each precision."""
+    from fedkeel.generators.cost import costs, machine
+    from fedkeel.report import sheets
+
+    asked = None if precisions is None else [word.strip() for word in precisions.split(",") if word.strip()]
+    with _stoppable("the same command"), console.bars:
+        generator = None if client is None else job.generator_of(client)
+        found = costs(job, asked, images, generator, _stages(console))
+    written = sheets.write_costs(found, machine(job), folder)
+    if as_json:
+        _json({"machine": machine(job), "precisions": [each.as_json() for each in found], "files": written})
+    else:
+        _show(_table(sheets.COST_HEADS, sheets.cost_rows(found), sheets.COST_NOTES, right=True))
+        typer.echo(f"profile: {written['md']}")
+
+
+def _stages(console: Console) -> Callable[[str, int, int], None]:
+    """A bar for each named part of something that is no run."""
+    bars: dict[str, Any] = {}
+
+    def show(name: str, done: int, total: int) -> None:
+        if name not in bars:
+            bars[name] = console.bars.add_task(name, total=total, note="")
+        console.bars.update(bars[name], completed=done)
+
+    return show
 
 
 def _finish(folder: Path, as_json: bool) -> None:

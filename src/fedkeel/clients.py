@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -56,11 +56,22 @@ class ClientStore:
         try:
             state = load_file(self.file(client, version))
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"client {client}: its state of round {version} cannot be read: {error}") from error
+            raise _unreadable(client, version, error) from error
         self._versions.setdefault(client, set()).add(version)
         self._filed.add(key)
         self._hold(key, state)
         return state
+
+    def part(self, client: int, version: int, name: str, span: slice) -> Tensor:
+        """Elements `span` of one tensor of a state, the rest of which is not brought into memory. Raises as `get`."""
+        if (client, version) in self._held:
+            return self._held[client, version][name][span]
+        try:
+            with safe_open(self.file(client, version), framework="pt") as file:
+                part: Tensor = file.get_slice(name)[span]
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(client, version, error) from error
+        return part
 
     def open(self, client: int, accepted: int | None) -> State | None:
         """The state of `client` as of round `accepted`, None when the server has accepted nothing from it yet."""
@@ -126,6 +137,11 @@ class ClientStore:
         state = self._held.pop((client, version), None)
         if state is not None:
             self._bytes -= _size(state)
+
+
+def _unreadable(client: int, version: int, error: Exception) -> CheckpointError:
+    """What is said about a state whose file is missing or damaged."""
+    return CheckpointError(f"client {client}: its state of round {version} cannot be read: {error}")
 
 
 def _size(state: State) -> int:

@@ -210,6 +210,9 @@ class _Held:
     def generating(self, done: int, total: int) -> None:
         self.listener.generating(done, total)
 
+    def tuning(self, client: int, done: int, total: int) -> None:
+        self.listener.tuning(client, done, total)
+
     def finished_round(self, record: Record) -> None:
         self.listener.finished_round(record)
 

@@ -11,8 +11,8 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from fedkeel.errors import ConfigError, nearest
 from fedkeel.generators.base import Generator
 from fedkeel.local import Training
 from fedkeel.models.split import Model
-from fedkeel.options import build, option, plain
+from fedkeel.options import build, keyed, option, plain
 from fedkeel.partition.base import Partitioner
 from fedkeel.personal import Personal
 
@@ -61,7 +61,21 @@ class Evaluation:
 
     every: int = option(1, "rounds between evaluations of the global model (the last round is always evaluated)", ge=1)
     local_every: int = option(0, "rounds between evaluations of clients before and after training; 0 = never", ge=0)
+    local_rounds: tuple[int, ...] = option(
+        (), "rounds in which every client's accuracy per class before and after training is kept (ReGL, Fig. 7)", ge=1
+    )
+    local_clients: tuple[int, ...] = option(
+        (), "the clients of whom it is kept; empty = all that take part in such a round", ge=0
+    )
     batch: int = option(500, "images in a batch of evaluation", ge=1)
+    validation: float = option(
+        0.0,
+        "share of the train images, stratified, set aside before they are partitioned and measured on in place of the "
+        "test images (R-18)",
+        ge=0,
+        lt=1,
+        keyed=None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +86,22 @@ class PoolOptions:
     sharing: Literal["per_client", "shared"] = option(
         "per_client", "each client has images of its own, or all draw from one pool per class (F-21)"
     )
+    tuning_budget: float | None = option(
+        None, "seconds that tuning the generator on one client may take; absent: as long as it takes", gt=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByProfile:
+    """Generators of clients whose profile is not served by [generator]: the sections [generators.<profile>]."""
+
+    constrained: Generator | None = None
+    unconstrained: Generator | None = None
+
+    def items(self) -> list[tuple[str, Generator]]:
+        """Profiles and generators, where there are any."""
+        found = {item.name: getattr(self, item.name) for item in fields(self)}
+        return [(profile, generator) for profile, generator in found.items() if generator is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +132,7 @@ class Config:
     algorithm: Algorithm = field(default_factory=Algorithm)
     balance: Over | None = None
     generator: Generator | None = None
+    generators: ByProfile | None = None
     pool: PoolOptions = field(default_factory=PoolOptions)
     profiles: Profiles = field(default_factory=Profiles)
     augment: Augment = field(default_factory=Augment)
@@ -114,10 +145,18 @@ class Config:
             raise ConfigError("participation", self.participation, "a share is at most 1.0; a count is a whole number")
         if isinstance(self.participation, int) and self.participation > self.clients:
             raise ConfigError("participation", self.participation, f"there are {self.clients} clients only")
-        for key in ("unconstrained_ids", "none_ids"):
-            outside = [client for client in getattr(self.profiles, key) if client >= self.clients]
+        listed = {
+            "profiles.unconstrained_ids": self.profiles.unconstrained_ids,
+            "profiles.none_ids": self.profiles.none_ids,
+            "evaluate.local_clients": self.evaluate.local_clients,
+        }
+        for key, ids in listed.items():
+            outside = [client for client in ids if client >= self.clients]
             if outside:
-                raise ConfigError(f"profiles.{key}", outside, f"clients are numbered 0 to {self.clients - 1}")
+                raise ConfigError(key, outside, f"clients are numbered 0 to {self.clients - 1}")
+        late = [number for number in self.evaluate.local_rounds if number > self.rounds]
+        if late:
+            raise ConfigError("evaluate.local_rounds", late, f"rounds are numbered 1 to {self.rounds}")
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError("name", self.name, "must be a plain folder name")
         if self.balance is not None and isinstance(self.algorithm, Over):
@@ -134,6 +173,11 @@ class Config:
         """The algorithm, under the balancing method of [balance] where there is one."""
         return self.algorithm if self.balance is None else replace(self.balance, base=self.algorithm)
 
+    def generator_of(self, profile: str) -> Generator | None:
+        """The generator of clients with this profile."""
+        own = None if self.generators is None else dict(self.generators.items()).get(profile)
+        return own or self.generator
+
     @property
     def cohort(self) -> int:
         """Clients a round: max(1, round(q N))."""
@@ -148,11 +192,18 @@ class Config:
 
     def table(self) -> dict[str, object]:
         """Plain values: as TOML this is the run's config.toml, from which the run can be made again."""
-        out = plain(self, leave_out=NAMED)
-        for key, room in NAMED.items():
+        return self._table(plain)
+
+    def _table(self, values: Callable[[object], dict[str, object]]) -> dict[str, object]:
+        """Sections by name; `values` says what stands in each."""
+        sections = [item.name for item in fields(self) if is_dataclass(getattr(self, item.name))]
+        out = plain(self, leave_out=sections)
+        for key in sections:
             thing = getattr(self, key)
-            if thing is not None:
-                out[key] = {"name": registry.name_of(room, type(thing)), **plain(thing)}
+            if isinstance(thing, ByProfile):
+                out[key] = {profile: _with_name("generators", one, values) for profile, one in thing.items()}
+            else:
+                out[key] = _with_name(NAMED[key], thing, values) if key in NAMED else values(thing)
         return {key: value for key, value in out.items() if value != {}}
 
     def toml(self) -> str:
@@ -161,8 +212,9 @@ class Config:
 
     def key(self) -> str:
         """SHA-256 over all that decides the numbers of the run (not its name, folder, runtime or what it writes)."""
-        table = {key: value for key, value in self.table().items() if key not in _NO_NUMBERS}
+        table = {key: value for key, value in self._table(keyed).items() if key not in _NO_NUMBERS}
         table["pool"] = self.pool.sharing
+        table["evaluate"] = {key: value for key, value in keyed(self.evaluate).items() if key not in _NO_NUMBERS}
         return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
 
@@ -178,7 +230,7 @@ NAMED = {
 _NO_NUMBERS = {
     "name", "runs_dir", "runtime", "checkpoint_every",
     "memory", "tensorboard", "mlflow", "pool", "device", "on_failure",
-    "min_clients",
+    "min_clients", "local_rounds", "local_clients",
 }  # fmt: skip
 _DEFAULTS: dict[str, dict[str, object]] = {
     "data": {"name": "fashion"},
@@ -194,19 +246,20 @@ def parse(table: Table, overrides: Sequence[str] = ()) -> Config:
     """
     merged = override(table, overrides)
     merged.pop("methods", None)
-    fields = dict(merged)
+    values = dict(merged)
     for key, room in NAMED.items():
         section = merged.get(key, _DEFAULTS.get(key))
         if isinstance(section, Mapping):
             section = {**_DEFAULTS.get(key, {}), **section}
         if section is not None:
-            fields[key] = _named(key, room, section)
-    balance = fields.get("balance")
+            values[key] = _named(key, room, section)
+    _profiled(values, merged)
+    balance = values.get("balance")
     if balance is not None and not isinstance(balance, Over):
         known = [name for name in registry.names("algorithms") if issubclass(registry.get("algorithms", name), Over)]
         name = registry.name_of("algorithms", type(balance))
         raise ConfigError("balance.name", name, f"must be a method that works over another: {', '.join(known)}")
-    config = build(Config, fields)
+    config = build(Config, values)
     if config.balance is not None and config.algorithm.pooled:
         name = registry.name_of("algorithms", type(config.algorithm))
         raise ConfigError("balance", name, "there are no clients to balance under a method that pools all data")
@@ -263,6 +316,32 @@ def with_method(table: Table, spec: str) -> dict[str, object]:
             raise ConfigError("profiles", profiles, "must be a table of keys")
         out["profiles"] = {**profiles, "unconstrained": float(percent) / 100}
     return out
+
+
+def _profiled(values: dict[str, object], table: Table) -> None:
+    """Builds [generators.<profile>], each over [generator] unless it names another one."""
+    given = table.get("generators")
+    if given is None:
+        return
+    base, profiles = table.get("generator"), [item.name for item in fields(ByProfile)]
+    if not isinstance(given, Mapping):
+        raise ConfigError("generators", given, f"must hold tables: {', '.join(profiles)}")
+    built: dict[str, Any] = {}
+    for profile, section in given.items():
+        key = f"generators.{profile}"
+        if profile == "none":
+            raise ConfigError(key, section, "clients of this profile cannot generate")
+        if profile not in profiles:
+            known = f"no such profile with a generator; known here: {', '.join(profiles)}"
+            raise ConfigError(key, section, known, nearest(profile, profiles))
+        if isinstance(section, Mapping) and isinstance(base, Mapping) and section.get("name") in (None, base["name"]):
+            section = {**base, **section}
+        built[profile] = _named(key, "generators", section)
+    values["generators"] = ByProfile(**built)
+
+
+def _with_name(room: str, thing: object, values: Callable[[object], dict[str, object]]) -> dict[str, object]:
+    return {"name": registry.name_of(room, type(thing)), **values(thing)}
 
 
 def _named(key: str, room: str, section: object) -> object:

@@ -23,12 +23,11 @@ def write_sheet(job: Job, path: Path) -> bool:
     The synthetic ones are those of the pool: nothing is generated for the sheet. n is the same for all classes.
     """
     fakes = torch.stack([plan.fake for plan in job.plans()])  # [K, C]
-    shared = job.config.pool.sharing == "shared"
     each = min(EACH, int(fakes.amax(0).min()), int(job.counts.sum(0).min()))
     if each == 0:
         return False
-    lanes = [0 if shared else int(fakes[:, label].argmax()) for label in range(fakes.shape[1])]
-    fake = torch.stack([job.images.pool.take(label, lane, each) for label, lane in enumerate(lanes)])
+    owners = [int(fakes[:, label].argmax()) for label in range(fakes.shape[1])]
+    fake = torch.stack([job.images.take(label, client, each) for label, client in enumerate(owners)])
     write_tensors(path, {"real": _real(job, each), "fake": fake})
     return True
 

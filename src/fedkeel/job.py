@@ -2,60 +2,96 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fedkeel import personal
+from fedkeel import personal, registry
 from fedkeel.clients import ClientStore
 from fedkeel.config import Config, Profiles
 from fedkeel.data.dataset import Dataset
+from fedkeel.data.pictures import set_aside, statistics
 from fedkeel.data.transforms import Transform
 from fedkeel.errors import ConfigError, DeviceError
 from fedkeel.evaluate import evaluate
-from fedkeel.generators.base import Source
-from fedkeel.generators.store import Pool, default_dir
+from fedkeel.files import cache
+from fedkeel.generators.base import Generator, Remembers, Source, Tunable
+from fedkeel.generators.names import digest, marks
+from fedkeel.generators.store import Pool
 from fedkeel.local import Worker
 from fedkeel.models.split import Split
+from fedkeel.options import plain
 from fedkeel.partition import manifest
 from fedkeel.partition.manifest import Partition
 from fedkeel.records import Lab, Plan, Samples, Server
-from fedkeel.rng import Streams, isolated
+from fedkeel.rng import Streams, isolated, stream_seed
 
 Progress = Callable[[int, int], None]
 """Called with how much is done and how much there is."""
+Tuning = Callable[[int, int, int], None]
+"""Called with a client, and the same of what it does."""
 
 
-@dataclass(frozen=True)
 class Images:
-    """Synthetic images for clients, from the pool on disk."""
+    """Synthetic images for clients, from pools on disk: one for each generator, and for each that a client tuned."""
 
-    pool: Pool
-    sharing: str
-    streams: Streams
-    most: Tensor
-    """[C] most images of a class that any client needs (for `sharing = "shared"`); the server may need more."""
+    def __init__(self, job: Job) -> None:
+        self.job, self.shared = job, job.config.pool.sharing == "shared"
+        self._pools: dict[int, Pool] = {}  # by source
+        self._most: dict[Generator | None, Tensor] = {}
 
     def __call__(self, client: int, counts: Tensor, first: int) -> Samples:
         """counts[c] images of each class c, this client's number `first` and on."""
-        x, y = [], []
+        x, y, pool = [], [], self.of(client)
+        most = self.most(client) if self.shared else counts
         for label, count in enumerate(counts.tolist()):
             if count == 0:
                 continue
-            if self.sharing == "shared":
-                there = self.pool.take(label, 0, max(count, int(self.most[label])) + first)
-                order = torch.randperm(len(there), generator=self.streams("pool", client, label))
+            if self.shared:
+                there = pool.take(label, 0, max(count, int(most[label])) + first)
+                order = torch.randperm(len(there), generator=self.job.streams("pool", client, label))
                 x.append(there[order[:count]])
             else:
-                x.append(self.pool.take(label, client, first + count)[first:])
+                x.append(pool.take(label, client, first + count)[first:])
             y.append(torch.full((count,), label))
         return Samples.fake_ones(torch.cat(x), torch.cat(y))
+
+    @property
+    def pool(self) -> Pool:
+        """That of the generator in the section [generator]; the server's."""
+        return self.of(self.job.config.clients)
+
+    def of(self, client: int, tuned: bool = True) -> Pool:
+        """The pool of this client's generator, tuned where it tunes and `tuned` is true."""
+        source = self.job.source_of(client) if tuned else self.job._load(self.job.generator_of(client))
+        if id(source) not in self._pools:
+            # one folder for each generator, so that a folder of pools can be named for runs of many generators
+            folder = self.job.pools / source.fingerprint()[:16]
+            lanes = self.job.config.clients + 1  # one for the server
+            self._pools[id(source)] = Pool(source, folder, lanes, warn=self.job.tell, among=self.job.makers)
+        return self._pools[id(source)]
+
+    def most(self, client: int) -> Tensor:
+        """[C] most images of a class that any client with this one's generator needs; the server may need more."""
+        generator = self.job.generator_of(client)
+        if generator not in self._most:
+            plans = enumerate(self.job.plans())
+            needs = [plan.fake for k, plan in plans if self.job.generator_of(k) == generator]
+            nothing = torch.zeros(1, len(self.job.data.classes), dtype=torch.int64)
+            self._most[generator] = torch.cat([nothing, *(each[None] for each in needs)]).amax(0)
+        return self._most[generator]
+
+    def take(self, label: int, client: int, count: int) -> Tensor:
+        """[count, C, H, W] uint8: a client's first images of a class."""
+        return self.of(client).take(label, 0 if self.shared else client, count)
 
 
 class Job:
@@ -66,10 +102,13 @@ class Job:
         self.config = config
         self.streams = Streams(config.seed)
         self.device = find_device(config.device)
-        clean = config.data.load() if data is None else data
+        clean = validating(config.data.load() if data is None else data, config.evaluate.validation)
+        self._clean = clean.train_x
         self.fingerprint = clean.fingerprint
         """Of the data before noise, as the partition is: who holds which images is the same at every level of it."""
         self.partition = self._partition(clean, folder)
+        rows = torch.unique(torch.cat(self.partition.clients))
+        self._held = torch.bincount(clean.train_y[rows], minlength=len(clean.classes))  # before noise
         self.data = config.noise.apply(clean, self.streams)
         self.warn: Callable[[str], None] = warnings.warn
         """Told of damage that was made good; a run sets it to its listener's."""
@@ -87,6 +126,13 @@ class Job:
             fresh_noise=config.noise.fresh,
         )
         budget = int(config.memory * 2**30)
+        if config.pool.sharing == "shared" and any(map(self.adapts, range(self.clients))):
+            own = "a generator that a client has tuned is its own, and so are its images: use per_client"
+            raise ConfigError("pool.sharing", "shared", own)
+        self.adapters: dict[int, dict[str, object]] = {}
+        """What is on record about each client's own generator."""
+        self._loaded: dict[Generator, Source] = {}
+        self._tuned: dict[int, Source] = {}
         self.store = ClientStore(None if folder is None else folder / "clients", budget)
         self.shelf = ClientStore(None if folder is None else folder / "shelf", budget)
         model = initial(config, self.data)
@@ -105,6 +151,23 @@ class Job:
             clients=config.clients,
             cohort=config.cohort,
         )
+
+    def tell(self, text: str) -> None:
+        """Warns by whatever way there is by then."""
+        self.warn(text)
+
+    def idle(self) -> Iterator[str]:
+        """What switches a method of this run off: an option, the network or the classes. A run warns about it."""
+        config = self.config
+        for section, method in (("algorithm", config.algorithm), ("balance", config.balance)):
+            if method is None:
+                continue
+            for option, value in method.off(config.rounds).items():
+                yield f"{section}.{option} = {value}: this switches the method off"
+            if why := method.idle(self.worker.model, len(self.data.classes)):
+                yield f"{section}.name = {registry.name_of('algorithms', type(method))}: {why}"
+        if config.algorithm.tunes and config.algorithm.kind == "personal" and config.personal.epochs == 0:
+            yield "personal.epochs = 0: this switches the method off"
 
     def _partition(self, data: Dataset, folder: Path | None) -> Partition:
         config = self.config
@@ -142,6 +205,7 @@ class Job:
             images=lambda counts, first: self.images(config.clients, counts, first),
             shelf=self.shelf,
             device=self.device,
+            bn_var=config.local.bn_var,
         )
 
     def mail(self, server: Server, client: int) -> Mapping[str, Tensor]:
@@ -163,48 +227,164 @@ class Job:
         """What each client trains on, from its counts and profile (known in simulation only)."""
         return [self.method.plan(self.counts[k], self.profiles[k]) for k in range(self.clients)]
 
-    @cached_property
+    # what makes images ------------------------------------------------------------------------------------------------
+
+    def generator_of(self, client: int) -> Generator | None:
+        """The options of a client's generator; the server, number `config.clients`, has those of [generator]."""
+        if client >= self.clients:
+            return self.config.generator
+        return self.config.generator_of(self.profiles[client])
+
+    def adapts(self, client: int) -> bool:
+        """Whether this client tunes its generator on its own samples."""
+        if client >= self.clients:
+            return False
+        counts, profile = self.counts[client], self.profiles[client]
+        return self.method.tunes_generator(counts, profile) and int(self.method.plan(counts, profile).fake.sum()) > 0
+
+    @property
+    def makers(self) -> int:
+        """How many generators there are, at most, tuned ones counted."""
+        return 1 + sum(map(self.adapts, range(self.clients)))
+
+    @property
+    def pools(self) -> Path:
+        """Where pools of images lie, each in a folder of its own, and what clients tuned, in `adapters`."""
+        return Path(self.config.pool.dir).expanduser() if self.config.pool.dir else cache() / "pools"
+
+    def untuned(self) -> dict[str, dict[str, object]]:
+        """What is to be known of the generators that this run uses, by section: "generator", "unconstrained", ...
+
+        Raises ConfigError when one is missing.
+        """
+        needed = [client for client, plan in enumerate(self.plans()) if int(plan.fake.sum())]
+        if self.config.algorithm.generates:
+            needed.append(self.config.clients)
+        own = {profile for profile, _ in self.config.generators.items()} if self.config.generators else set()
+        out: dict[str, dict[str, object]] = {}
+        for client in needed:
+            profile = self.profiles[client] if client < len(self.profiles) else ""
+            key, generator = profile if profile in own else "generator", self.generator_of(client)
+            if key not in out:
+                source = self._load(generator)
+                out[key] = {
+                    "name": registry.name_of("generators", type(generator)),
+                    "fingerprint": source.fingerprint(),
+                    "prompts": [source.prompt(label) for label in range(len(self.data.classes))],
+                    "memory_bytes": source.memory_bytes(),
+                }
+        return out
+
+    @property
     def source(self) -> Source:
-        """The generator, loaded. Raises ConfigError when the configuration names none."""
-        if self.config.generator is None:
+        """The generator of the section [generator], loaded. Raises ConfigError when the configuration names none."""
+        return self._load(self.config.generator)
+
+    def source_of(self, client: int, progress: Tuning | None = None) -> Source:
+        """The generator of a client, tuned on its samples where it tunes; what was tuned is kept beside the pools.
+
+        Raises ConfigError when there is none, or none that can be tuned.
+        """
+        generator = self.generator_of(client)
+        base = self._load(generator)
+        if not self.adapts(client):
+            return base
+        if client not in self._tuned:
+            assert generator is not None
+            self._tuned[client] = self._tune(client, generator, base, progress)
+        return self._tuned[client]
+
+    def _load(self, generator: Generator | None) -> Source:
+        if generator is None:
             raise ConfigError(
                 "generator", None, "this run needs synthetic images: name a generator (fedkeel list generators)"
             )
-        return self.config.generator.load(self.data.classes, self.data.shape, self.device)
+        if generator not in self._loaded:
+            data = self.data
+            source = generator.load(data.classes, data.shape, self.device, data.public)
+            self._warn_of_leaks(source)
+            self._loaded[generator] = source
+        return self._loaded[generator]
+
+    def _warn_of_leaks(self, source: Source) -> None:
+        known = source.trained_on if isinstance(source, Remembers) else None
+        if known is None:
+            return
+        held = self._clean[torch.unique(torch.cat(self.partition.clients))]
+        count = int(torch.isin(marks(held), known).sum())
+        if count:
+            self.warn(
+                f"clients hold {count} of the {len(known)} images that the generator was trained on: what it makes "
+                f"tells others of them, and results with it are too good; set data.public_limit = {len(known)}, if "
+                f"those are the images that it sets aside, or use other data"
+            )
+
+    def _tune(self, client: int, generator: Generator, base: Source, progress: Tuning | None) -> Source:
+        name = registry.name_of("generators", type(generator))
+        if not isinstance(base, Tunable):
+            key = "algorithm.tune" if self.config.balance is None else "balance.tune"
+            raise ConfigError(
+                key, True, f"generator {name!r} does not learn; bundled, gaussian and stable-diffusion do"
+            )
+        samples, seed = self.samples(client), stream_seed(self.config.seed, "tune", client)
+        options = json.dumps(plain(generator), sort_keys=True)
+        content = (part.contiguous().numpy().tobytes() for part in (samples.x, samples.y))
+        keep = self.pools / "adapters" / digest(base.fingerprint(), name, options, *content, seed)[:32]
+        began = time.perf_counter()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            tuned = base.tune(
+                samples,
+                seed,
+                keep,
+                self.config.pool.tuning_budget,
+                None if progress is None else partial(progress, client),
+            )
+        for warning in said:
+            self.warn(f"generator of client {client}: {warning.message}")
+        self.adapters[client] = {
+            "client": client,
+            "generator": name,
+            "images": len(samples),
+            "fingerprint": tuned.fingerprint(),
+            "seconds": round(time.perf_counter() - began, 3),
+        }
+        return tuned
 
     @cached_property
     def images(self) -> Images:
         """Synthetic images by client."""
-        # one folder for each generator, so that a folder of pools can be named for runs of many generators
-        root = (
-            Path(self.config.pool.dir).expanduser() / self.source.fingerprint()[:16] if self.config.pool.dir else None
-        )
-        folder, lanes = root or default_dir(self.source), self.config.clients + 1  # one for the server
-        pool = Pool(self.source, folder, lanes, warn=lambda text: self.warn(text))
-        most = torch.stack([plan.fake for plan in self.plans()]).amax(0)
-        return Images(pool, self.config.pool.sharing, self.streams, most)
+        return Images(self)
 
-    def generate(self, progress: Progress | None = None) -> int:
-        """Fills the pool with every image that clients need in their first cycle; returns how many."""
-        needs = [
-            (label, client, int(count))
-            for client, plan in enumerate(self.plans())
-            for label, count in enumerate(plan.fake.tolist())
-            if count
-        ]
-        if not needs:
-            return 0
-        if self.config.pool.sharing == "shared":
-            needs = [(label, 0, int(count)) for label, count in enumerate(self.images.most.tolist()) if count]
-        self.images.pool.fill(needs, progress)
-        return sum(count for _, _, count in needs)
+    def generate(self, progress: Progress | None = None, tuning: Tuning | None = None) -> int:
+        """Tunes the generators of clients that do so, and fills the pools with every image that clients need in their
+        first cycle; returns how many. A call that was stopped is gone on with by the next.
+
+        progress: called with images there and wanted; tuning: with the client, steps done and steps in all.
+        """
+        plans = {client: plan.fake for client, plan in enumerate(self.plans()) if int(plan.fake.sum())}
+        for client in plans:
+            self.source_of(client, tuning)
+        needs: dict[Pool, dict[tuple[int, int], int]] = {}
+        for client, fake in plans.items():
+            wanted, lane = (self.images.most(client), 0) if self.images.shared else (fake, client)
+            each = needs.setdefault(self.images.of(client), {})
+            each |= {(label, lane): int(count) for label, count in enumerate(wanted.tolist()) if count}
+        total, done = sum(sum(each.values()) for each in needs.values()), 0
+        for pool, each in needs.items():
+            report = None if progress is None else partial(_from, progress, done, total)
+            pool.fill([(*place, count) for place, count in each.items()], report)
+            done += sum(each.values())
+        return total
 
     @cached_property
     def personal_tests(self) -> list[Tensor]:
         """Test images of each client (R-10)."""
         rng = self.streams("personal")
-        counts = self.counts if self.method.pooled else self.partition.counts  # test images have no noisy labels
-        return personal.test_sets(counts, self.data.test_y, self.config.personal, rng)
+        counts, total = self.partition.counts, self._held  # test images have no noisy labels
+        if self.method.pooled:
+            counts, total = self.counts, self.counts.sum(0)
+        return personal.test_sets(counts, total, self.data.test_y, self.config.personal, rng)
 
     @property
     def generates(self) -> bool:
@@ -239,6 +419,31 @@ class Job:
         """`global/...` metrics of the server's model."""
         self.worker.load(server)
         return {f"global/{name}": value for name, value in self.measure(self.worker.model).items()}
+
+
+def _from(progress: Progress, before: int, total: int, done: int, _: int) -> None:
+    """Progress within one pool as a part of all."""
+    progress(before + done, total)
+
+
+def validating(data: Dataset, share: float) -> Dataset:
+    """The data with a `share` of the train images, stratified, the last of each class, in place of the test images."""
+    if share == 0:
+        return data
+    train, held = set_aside(data.train_y.numpy(), int(share * len(data.train_y) + 0.5))
+    if len(held) == 0 or len(train) == 0:
+        allowed = f"leaves no image to {'train on' if len(held) else 'measure on'}, of {len(data.train_y)}"
+        raise ConfigError("evaluate.validation", share, allowed)
+    mean, std = statistics(data.train_x[train])
+    return replace(
+        data,
+        train_x=data.train_x[train],
+        train_y=data.train_y[train],
+        test_x=data.train_x[held],
+        test_y=data.train_y[held],
+        mean=mean,
+        std=std,
+    )
 
 
 def initial(config: Config, data: Dataset) -> Split:

@@ -38,7 +38,7 @@ class Training:
     momentum: float = option(0.0, "momentum of SGD", ge=0, lt=1)
     nesterov: bool = option(False, "Nesterov momentum")
     weight_decay: float = option(0.0, "weight decay of SGD", ge=0)
-    clip: float | None = option(None, "largest norm of the gradient, after the method's correction", gt=0)
+    clip: float | None = option(None, "largest norm of the gradient of what moves, after the method's correction", gt=0)
     buffers: Literal["average", "local", "reset", "recalibrate", "recalibrate_real"] = option(
         "average",
         "BatchNorm statistics: averaged with the round's weights; never leaving the client; or averaged after being "
@@ -195,7 +195,7 @@ class Worker:
             loss=local.loss,
             steps=local.steps,
             bytes_up=size_of((update.delta, buffers, *counters.values(), *update.extra.values())),
-            metrics=metrics,
+            metrics=metrics | {f"method/{name}": value for name, value in update.metrics.items()},
         )
 
     def open(
@@ -297,6 +297,7 @@ def descend(local: Local, algorithm: Algorithm, training: Training, weights: Wei
     """One phase of the SGD loop."""
     grad, shared = weights.grad, weights.layout.shared
     moves = {True: phase.shared, False: phase.own}
+    moving = grad[0 if phase.shared else shared : None if phase.own else shared]
     spans = [entry for entry in weights.layout.spans() if moves[entry[0].stop <= shared]]
     params = weights.flat[: weights.layout.trained]
     velocity = torch.zeros_like(grad) if training.momentum > 0 else None
@@ -316,7 +317,7 @@ def descend(local: Local, algorithm: Algorithm, training: Training, weights: Wei
                 if corrected.data_ptr() != grad.data_ptr():
                     grad[:shared].copy_(corrected)
                 if training.clip is not None:
-                    grad.mul_(torch.clamp(training.clip / (grad.norm() + 1e-6), max=1.0))
+                    moving.mul_(torch.clamp(training.clip / (moving.norm() + 1e-6), max=1.0))
                 for span, rule, rows in spans:
                     part = None if velocity is None else velocity[span]
                     step(params[span], grad[span], part, training, local.lr, rule, rows)
@@ -379,6 +380,8 @@ def batches(local: Local) -> Iterator[Batch]:
     """
     samples, size = local.samples, local.batch_size
     order = torch.randperm(len(samples), generator=local.rng("batch"))
+    if local.real_ratio is not None and bool(samples.fake.any()) and not bool(samples.fake.all()):
+        order = mixed(order, samples.fake, size, local.real_ratio)
     for rows in torch.split(order, size):
         if len(rows) == 1 and len(samples) > 1 and size > 1:
             return
@@ -389,6 +392,16 @@ def batches(local: Local) -> Iterator[Batch]:
             fake=fake,
             index=samples.index[rows],
         )
+
+
+def mixed(order: Tensor, fake: Tensor, size: int, ratio: float) -> Tensor:
+    """`order` ([N] sample numbers) changed so that every batch of `size` has a share `ratio` of real samples, at least
+    one of each kind. It is as long as before: samples of the one kind come again, some of the other not at all."""
+    real, made = order[~fake[order]], order[fake[order]]
+    each = min(max(round(ratio * size), 1), max(size - 1, 1))
+    is_real = torch.arange(len(order)) % size < each
+    number = torch.where(is_real, is_real.cumsum(0), (~is_real).cumsum(0)) - 1
+    return torch.where(is_real, real[number % len(real)], made[number % len(made)])
 
 
 def plain_batches(local: Local, samples: Samples, size: int) -> Iterator[Batch]:

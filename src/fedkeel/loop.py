@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -31,7 +31,7 @@ from fedkeel.job import Job
 from fedkeel.record import Listener, MLflow, RoundLog, Several, Silent, TensorBoard
 from fedkeel.records import Reply, Server, Update
 from fedkeel.runtimes.base import Runtime
-from fedkeel.weights import Layout
+from fedkeel.weights import Layout, Statistics
 
 HEADLINE = 10
 """The headline of a run is the mean over this many last evaluations."""
@@ -97,8 +97,7 @@ def _rounds(job: Job, folder: Path | None, listener: Listener, label: str, resum
     log = checkpoints = None
     label = label or name(config)
     if folder is not None:
-        key = f"{config.key()}-{job.partition.hash}-{job.worker.weights.layout.key()}"
-        log, checkpoints = RoundLog(folder / "rounds.jsonl"), Checkpoints(folder, key, job.store, job.shelf)
+        log, checkpoints = RoundLog(folder / "rounds.jsonl"), Checkpoints(folder, run_key(job), job.store, job.shelf)
         found = checkpoints.load(server) if resume else None
         if found is not None:
             server, accepted = found.server, dict(found.accepted)
@@ -106,16 +105,18 @@ def _rounds(job: Job, folder: Path | None, listener: Listener, label: str, resum
                 listener.warned(text)
         records = log.rewind(server.round)
         describe(job, folder, label, resume)
-    for option, value in config.method.off(config.rounds).items():
-        listener.warned(f"algorithm.{option} = {value}: this switches the method off")
+    for text in job.idle():
+        listener.warned(text)
     runtime: Runtime = engine.start(job)
     listener.started(label, config.rounds, server.round)
     try:
         seconds = 0.0
         if server.round < config.rounds:
             began = time.perf_counter()
-            if job.generate(listener.generating) and folder is not None:
+            if job.generate(listener.generating, listener.tuning) and folder is not None:
                 write_sheet(job, folder / "contact.safetensors")
+                if job.adapters:
+                    write_json(folder / "adapters.json", list(job.adapters.values()))
             seconds = time.perf_counter() - began
         while server.round < config.rounds:
             with _noted(folder):
@@ -143,6 +144,11 @@ def _rounds(job: Job, folder: Path | None, listener: Listener, label: str, resum
     return Result(records, weights, folder)
 
 
+def run_key(job: Job) -> str:
+    """What a checkpoint must agree with: the configuration, who holds what, the layout of the weights."""
+    return f"{job.config.key()}-{job.partition.hash}-{job.worker.weights.layout.key()}"
+
+
 def one_round(job: Job, runtime: Runtime, server: Server, accepted: dict[int, int]) -> tuple[Server, dict[str, Any]]:
     """Draws clients, trains them, averages, evaluates. `accepted` is brought up to date.
 
@@ -150,9 +156,11 @@ def one_round(job: Job, runtime: Runtime, server: Server, accepted: dict[int, in
     """
     config, number, began = job.config, server.round, time.perf_counter()
     cohort = job.cohort(number)
-    every = config.evaluate.local_every
-    replies = runtime.run(server, cohort, accepted, measure=bool(every) and (number + 1) % every == 0)
-    round_ = Incoming(replies, job.config.local.bn_var, server)
+    options = config.evaluate
+    means = options.local_every > 0 and (number + 1) % options.local_every == 0
+    kept = (options.local_clients or cohort) if number + 1 in options.local_rounds else ()
+    replies = runtime.run(server, cohort, accepted, measure=cohort if means else kept)
+    round_ = Incoming(replies, job.config.local.bn_var, server, means)
     after = job.method.aggregate(replace(server, lab=job.lab(number)), round_) if round_.wait() else server
     round_.drain()
     _enough(config, number, round_)
@@ -165,19 +173,25 @@ def one_round(job: Job, runtime: Runtime, server: Server, accepted: dict[int, in
     if after.buffers is server.buffers:  # a method that trains at the server, or averages other models, has its own
         after = replace(after, buffers=round_.buffers())
     counters = {name: torch.maximum(value, after.counters[name]) for name, value in round_.counters.items()}
-    after = replace(after, counters=counters, round=number + 1)
+    beside = {name: replace(after, params=params, counters=counters) for name, params in after.beside.items()}
+    own = {f"method/{name}": value for name, value in after.metrics.items()}
+    after = replace(after, counters=counters, round=number + 1, metrics={}, beside={})
     for client in round_.done:
         accepted[client] = number
     trained = time.perf_counter()
-    metrics: dict[str, float | None] = {}
+    metrics: dict[str, float] = {}
     due = (number + 1) % config.evaluate.every == 0 or number + 1 == config.rounds
     if due and config.algorithm.has_global:  # of the method itself, whatever balances it
-        # a loss that overflows has no word in JSON
-        metrics = {name: value if math.isfinite(value) else None for name, value in job.evaluate(after).items()}
+        metrics = job.evaluate(after)
+    for name, other in beside.items() if due else ():
+        found = job.evaluate(other)
+        own |= {f"method/{name}/{key}": found[f"global/{key}"] for key in ("accuracy", "loss")}
     record = {
         "round": number + 1,
-        **metrics,
+        **_writable(metrics),
         **round_.record(),
+        **_writable(own),
+        **({"local/classes": round_.by_class(job.data.classes, kept)} if kept else {}),
         "seconds/train": round(trained - began, 4),
         "seconds/evaluate": round(time.perf_counter() - trained, 4),
     }
@@ -188,13 +202,13 @@ class Incoming:
     """The updates of a round as they arrive, in the order of the clients' ids; replies without usable update are noted
     and passed over. BatchNorm statistics are averaged on the way, with the weights of the updates."""
 
-    def __init__(self, replies: Iterator[Reply], bn_var: str, server: Server) -> None:
-        self._replies, self._bn_var, self._server = replies, bn_var, server
+    def __init__(self, replies: Iterator[Reply], bn_var: str, server: Server, means: bool = False) -> None:
+        """means: whether the record has the means of what clients measured."""
+        self._replies, self._server, self._means = replies, server, means
         self._first: Reply | None = None
-        self._sum: tuple[Tensor, Tensor] | None = None
-        self._total = 0.0
+        self._statistics = Statistics(server.layout, bn_var)
         self._losses: list[float] = []
-        self._metrics: list[dict[str, float]] = []
+        self._metrics: dict[int, dict[str, float]] = {}
         self.counters = dict(server.counters)
         self.done: list[int] = []
         self.failed: list[dict[str, Any]] = []
@@ -210,7 +224,7 @@ class Incoming:
         while reply is not None:
             assert reply.update is not None
             self._take(reply, reply.update)
-            yield replace(reply.update, client=reply.client, buffers=reply.buffers, keep={})
+            yield replace(reply.update, client=reply.client, buffers=reply.buffers, keep={}, metrics={})
             reply = self._next()
 
     def drain(self) -> None:
@@ -220,24 +234,33 @@ class Incoming:
 
     def buffers(self) -> Tensor:
         """[B] the averaged statistics (the pooled variance on demand); the server's own when no client sent any."""
-        if self._sum is None or self._total == 0:
-            return self._server.buffers
-        average, square = (part / self._total for part in self._sum)
-        if self._bn_var == "pooled":
-            assert self._server.layout is not None
-            for means, variances in self._server.layout.variance_pairs():
-                # sum p (v + m^2) - (sum p m)^2
-                average[variances] += square[means] - average[means] ** 2
-        return average
+        average = self._statistics.average()
+        return self._server.buffers if average is None else average
 
     def loss(self) -> float | None:
         """Mean training loss of the usable clients' last epochs."""
         return sum(self._losses) / len(self._losses) if self._losses else None
 
-    def metrics(self) -> dict[str, float]:
-        """Means over clients of what they measured."""
-        names = dict.fromkeys(name for metrics in self._metrics for name in metrics)
-        return {name: sum(m[name] for m in self._metrics) / len(self._metrics) for name in names}
+    def metrics(self) -> dict[str, float | None]:
+        """Means over clients of what they measured, and of the method's own numbers over those that have them."""
+        found: dict[str, list[float]] = {}
+        for metrics in self._metrics.values():
+            for name, value in metrics.items():
+                if self._means or name.startswith("method/"):
+                    found.setdefault(name, []).append(value)
+        return _writable({name: sum(values) / len(values) for name, values in found.items()})
+
+    def by_class(self, classes: Sequence[str], clients: Collection[int]) -> list[dict[str, Any]]:
+        """Accuracy of each class before and after training, of each of `clients` with a usable update; None for a class
+        without test images."""
+        return [
+            {
+                "client": client,
+                **{when: [found.get(f"local_{when}/class/{name}") for name in classes] for when in ("before", "after")},
+            }
+            for client, found in self._metrics.items()
+            if client in clients
+        ]
 
     def record(self) -> dict[str, Any]:
         """What the round's record says about its clients."""
@@ -262,11 +285,7 @@ class Incoming:
 
     def _take(self, reply: Reply, update: Update) -> None:
         assert reply.buffers is not None
-        if len(reply.buffers):
-            weight = update.weight
-            parts = (reply.buffers * weight, reply.buffers**2 * weight)
-            self._sum = parts if self._sum is None else (self._sum[0] + parts[0], self._sum[1] + parts[1])
-            self._total += weight
+        self._statistics.add(reply.buffers, update.weight)
         for name, value in reply.counters.items():
             value = value.to(self.counters[name].device)
             self.counters[name] = torch.maximum(self.counters[name], value)
@@ -276,7 +295,12 @@ class Incoming:
         if reply.steps:
             self._losses.append(reply.loss)
         if reply.metrics:
-            self._metrics.append(dict(reply.metrics))
+            self._metrics[reply.client] = dict(reply.metrics)
+
+
+def _writable(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Numbers that JSON has words for: None for a loss that overflowed."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _enough(config: Config, number: int, incoming: Incoming) -> None:
@@ -348,13 +372,14 @@ def describe(job: Job, folder: Path, label: str, resume: bool = False) -> None:
         "resumed": [*earlier.get("resumed", []), now] if earlier else [],
     }
     if job.generates:
-        prompts = [job.source.prompt(label) for label in range(len(job.data.classes))]
-        manifest["generator"] = {
-            "name": registry.name_of("generators", type(config.generator)),
-            "fingerprint": job.source.fingerprint(),
-            "prompts": prompts,
-            "memory_bytes": job.source.memory_bytes(),
-        }
+        used = job.untuned()
+        manifest["generator"] = used.pop("generator", None)
+        if used:
+            manifest["generators"] = used
+        for key, now_used in (("generator", manifest["generator"]), *used.items()):
+            before = earlier.get("generator") if key == "generator" else earlier.get("generators", {}).get(key)
+            if before and now_used and before["fingerprint"] != now_used["fingerprint"]:
+                job.warn(f"{key} is not the one this run began with: its images are made anew, and numbers will differ")
     write_json(folder / "manifest.json", manifest)
     job.partition.save(folder / "partition.json")
     write_json(

@@ -24,7 +24,8 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Meaning:
     """What an option means: documentation, bounds (inclusive `ge`/`le`, exclusive `gt`/`lt`), a sensible grid to tune
-    over, and a value that switches the method off (allowed, with a warning)."""
+    over, a value that switches the method off (allowed, with a warning), and what stands for the default in the key of
+    a run (`...`: the default itself)."""
 
     doc: str
     ge: float | None = None
@@ -33,6 +34,7 @@ class Meaning:
     lt: float | None = None
     grid: tuple[object, ...] = ()
     off: object = None
+    keyed: object = ...
 
     def allowed(self) -> str:
         """The bounds in words, "" without any."""
@@ -60,9 +62,14 @@ def option(
     lt: float | None = None,
     grid: tuple[object, ...] = (),
     off: object = None,
+    keyed: object = ...,
 ) -> T:
-    """A dataclass field with documentation and bounds."""
-    meaning = Meaning(doc, ge, gt, le, lt, grid, off)
+    """A dataclass field with documentation and bounds.
+
+    keyed: for an option that is younger than runs that are to go on: what the key of a run holds when it has its
+    default (None: nothing), that is what those runs were made with.
+    """
+    meaning = Meaning(doc, ge, gt, le, lt, grid, off, keyed)
     return dataclasses.field(default=default, metadata={"meaning": meaning})
 
 
@@ -124,6 +131,17 @@ def plain(thing: object, leave_out: Container[str] = ()) -> dict[str, object]:
         if dataclasses.is_dataclass(value):
             value = plain(value)
         out[field.name] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def keyed(thing: object) -> dict[str, object]:
+    """`plain`, where options younger than recorded runs stand as they did in those when they have their defaults."""
+    out = plain(thing)
+    for item in options(type(thing)):
+        if item.meaning.keyed is not ... and getattr(thing, item.name) == item.default:
+            out.pop(item.name, None)
+            if item.meaning.keyed is not None:
+                out[item.name] = item.meaning.keyed
     return out
 
 

@@ -3,6 +3,10 @@
 ReGL (Yao 2024, arXiv 2409.14063), section 5.1 and appendix B: a client's test images keep the class ratio of its train
 images (R-10); the global model is tuned on each client and the best epoch reported, beside which we give the last one
 (R-11), which has not looked at test data.
+
+Departure: our best includes the model before tuning; the paper's is that of its 50 epochs. Methods that do not tune
+have the best of the rounds measured, of which there are as many as `every` makes: the best of one is the last. A best
+of many is higher than one of few, whatever the method, so their number stands beside it (`personal/evaluations`).
 """
 
 from __future__ import annotations
@@ -28,7 +32,9 @@ if TYPE_CHECKING:
 class Personal:
     """How personal models are made and measured: the section [personal]."""
 
-    every: int = option(0, "rounds between evaluations of personal models; 0 = after the last round only", ge=0)
+    every: int = option(
+        0, "rounds between evaluations of personal models, tuned anew for each; 0 = after the last round only", ge=0
+    )
     measure: Literal["auto", "always", "never"] = option(
         "auto", "whether personal models are measured; auto = for personal methods"
     )
@@ -44,14 +50,14 @@ class Personal:
     min_per_class: int = option(1, "least test images of a class that a client owns (R-10)", ge=0)
 
 
-def test_sets(counts: Tensor, test_y: Tensor, options: Personal, rng: torch.Generator) -> list[Tensor]:
+def test_sets(counts: Tensor, total: Tensor, test_y: Tensor, options: Personal, rng: torch.Generator) -> list[Tensor]:
     """Test images of each client, [m_k] int64 ascending: round(n_k^c * test_c / train_c) of each class c, drawn without
     replacement across clients while there are any, then anew (R-10).
 
-    counts: [K, C] train samples per client and class. test_y: [M] labels of the test images.
+    counts: [K, C] train samples per client and class. total: [C] train_c, of all clients together; less than the sum of
+    `counts` where they hold images in common (partition `global_share`). test_y: [M] labels of the test images.
     """
     clients, classes = counts.shape
-    total = counts.sum(0)
     parts: list[list[Tensor]] = [[] for _ in range(clients)]
     for c in range(classes):
         there = torch.nonzero(test_y == c)[:, 0]
@@ -80,9 +86,11 @@ def measure(
 
     `personal/clients` is each client's accuracy with its model as it is now (None without test images), after tuning
     where the method tunes; the others are means over clients, and over test images under `_weighted`. The best is each
-    client's best over the epochs of tuning, or over the rounds measured so far (`before` holds their records).
+    client's best over the epochs of tuning, or over the rounds measured so far (`before` holds their records);
+    `personal/evaluations` says of how many models that is, those before tuning and of this round included.
     """
     sets = job.personal_tests
+    rounds = [record["personal/clients"] for record in before if "personal/clients" in record]
     final: list[float | None] = []
     best: list[float | None] = []
     for client in range(job.clients):
@@ -91,15 +99,15 @@ def measure(
             best.append(None)
             continue
         curve = curve_of(job, server, accepted, client)
-        earlier = [record["personal/clients"][client] for record in before if "personal/clients" in record]
         final.append(curve[-1])
-        best.append(max(curve) if job.tunes else max([curve[-1], *earlier]))
+        best.append(max(curve) if job.tunes else max([curve[-1], *(accuracies[client] for accuracies in rounds)]))
     sizes = [len(rows) for rows in sets]
     return {
         "personal/accuracy_last": _mean(final, [1] * len(sizes)),
         "personal/accuracy_best": _mean(best, [1] * len(sizes)),
         "personal/accuracy_last_weighted": _mean(final, sizes),
         "personal/accuracy_best_weighted": _mean(best, sizes),
+        "personal/evaluations": 1 + (job.config.personal.epochs if job.tunes else len(rounds)),
         "personal/clients": final,
     }
 

@@ -58,6 +58,7 @@ class Listener(Protocol):
 
     def started(self, label: str, rounds: int, done: int) -> None: ...
     def generating(self, done: int, total: int) -> None: ...
+    def tuning(self, client: int, done: int, total: int) -> None: ...
     def finished_round(self, record: Record) -> None: ...
     def warned(self, text: str) -> None: ...
     def ended(self) -> None: ...
@@ -68,6 +69,7 @@ class Silent:
 
     def started(self, label: str, rounds: int, done: int) -> None: ...
     def generating(self, done: int, total: int) -> None: ...
+    def tuning(self, client: int, done: int, total: int) -> None: ...
     def finished_round(self, record: Record) -> None: ...
     def warned(self, text: str) -> None: ...
     def ended(self) -> None: ...
@@ -91,16 +93,22 @@ class Console:
         )
         self._making: Any = None
         self._round: Any = None
+        self._tuning: Any = None
 
     def started(self, label: str, rounds: int, done: int) -> None:
         self.bars.start()
-        self._making = None
+        self._making = self._tuning = None
         self._round = self.bars.add_task(label, total=rounds, completed=done, note="")
 
     def generating(self, done: int, total: int) -> None:
         if self._making is None:
             self._making = self.bars.add_task("  images", total=total, note="")
         self.bars.update(self._making, completed=done)
+
+    def tuning(self, client: int, done: int, total: int) -> None:
+        if self._tuning is None:
+            self._tuning = self.bars.add_task("", total=total, note="")
+        self.bars.update(self._tuning, description=f"  tuning for client {client}", completed=done, total=total)
 
     def finished_round(self, record: Record) -> None:
         accuracy = record.get("global/accuracy")
@@ -127,6 +135,7 @@ class TensorBoard:
 
     def started(self, label: str, rounds: int, done: int) -> None: ...
     def generating(self, done: int, total: int) -> None: ...
+    def tuning(self, client: int, done: int, total: int) -> None: ...
     def warned(self, text: str) -> None: ...
 
     def finished_round(self, record: Record) -> None:
@@ -153,6 +162,7 @@ class MLflow:
 
     def started(self, label: str, rounds: int, done: int) -> None: ...
     def generating(self, done: int, total: int) -> None: ...
+    def tuning(self, client: int, done: int, total: int) -> None: ...
     def warned(self, text: str) -> None: ...
 
     def finished_round(self, record: Record) -> None:
@@ -175,6 +185,10 @@ class Several:
     def generating(self, done: int, total: int) -> None:
         for listener in self.listeners:
             listener.generating(done, total)
+
+    def tuning(self, client: int, done: int, total: int) -> None:
+        for listener in self.listeners:
+            listener.tuning(client, done, total)
 
     def finished_round(self, record: Record) -> None:
         for listener in self.listeners:

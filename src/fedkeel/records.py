@@ -99,6 +99,8 @@ class Lab:
     images: Callable[[Tensor, int], Samples]
     shelf: ClientStore
     device: torch.device
+    bn_var: str = "mean"
+    """`local.bn_var`, for methods that average BatchNorm statistics themselves."""
 
     @property
     def model(self) -> Split:
@@ -139,6 +141,11 @@ class Server:
     """Names and places of `params`; not part of what is saved."""
     lab: Lab | None = None
     """What the server computes with; never sent, not part of what is saved."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """A method's own numbers about the round just aggregated, recorded as `method/<name>`; never sent nor saved."""
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+    """[P] each: other models of that round, whose accuracy and loss are recorded beside the server's, as
+    `method/<name>/accuracy` and `method/<name>/loss`; never sent nor saved."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,8 @@ class Update:
     """What a client returns. `weight`, `delta` ([P], trained minus received; [0] when no model crosses) and `extra`
     cross to the server; `keep` stays on the client and replaces its state once the server has accepted this update. The
     server knows whose it is (`client`) and has its BatchNorm statistics (`buffers`, [B]): both are filled in by the
-    round loop."""
+    round loop. `metrics`: the method's own numbers about this client; their means over clients are in the round's
+    record as `method/<name>`, `aggregate` never sees them."""
 
     weight: float
     delta: Tensor
@@ -154,6 +162,7 @@ class Update:
     keep: Mapping[str, Tensor] = field(default_factory=dict)
     client: int = -1
     buffers: Tensor | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -213,6 +222,8 @@ class Local:
     steps: int = 0
     gradient_weight: float = 0.0
     loss: float = float("nan")
+    real_ratio: float | None = None
+    """Share of real samples in a batch, where a method wants the two kinds apart; None: one pool."""
     scratch: dict[str, Tensor] = field(default_factory=dict)
     """For the hooks of one method within one round."""
     _open: dict[tuple[int | str, ...], torch.Generator] = field(default_factory=dict)

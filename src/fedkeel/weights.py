@@ -234,6 +234,37 @@ class Weights:
         return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named.items()}
 
 
+class Statistics:
+    """The average of clients' BatchNorm statistics by the weights of their updates, taken as they arrive.
+
+    bn_var: as in [local]: of variances the mean, or ("pooled") the variance that the samples of all have together.
+    """
+
+    def __init__(self, layout: Layout | None, bn_var: str) -> None:
+        self._layout, self._pooled = layout, bn_var == "pooled"
+        self._sum: tuple[Tensor, Tensor] | None = None
+        self._total = 0.0
+
+    def add(self, buffers: Tensor, weight: float) -> None:
+        """One client's, [B]; [0] where none crossed."""
+        if len(buffers):
+            parts = (buffers * weight, buffers**2 * weight)
+            self._sum = parts if self._sum is None else (self._sum[0] + parts[0], self._sum[1] + parts[1])
+            self._total += weight
+
+    def average(self) -> Tensor | None:
+        """[B]; None when no client sent any."""
+        if self._sum is None or self._total == 0:
+            return None
+        average, square = (part / self._total for part in self._sum)
+        if self._pooled:
+            assert self._layout is not None
+            for means, variances in self._layout.variance_pairs():
+                # sum p (v + m^2) - (sum p m)^2
+                average[variances] += square[means] - average[means] ** 2
+        return average
+
+
 def mean(terms: Iterable[tuple[float, tuple[Tensor, ...]]]) -> tuple[Tensor, ...]:
     """The means of `mean_and_total`."""
     return mean_and_total(terms)[0]

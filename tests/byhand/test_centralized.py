@@ -34,6 +34,8 @@ def steps(data, *overrides):
         (("participation=0.5", "local.steps=3"), [6, 6, 6, 6]),  # two clients, three steps each
         (("participation=0.5", "local.steps=3", "algorithm.budget=given"), [3, 3, 3, 3]),
         (("participation=0.5", "local.epochs=4", "local.max_steps=5"), [10, 10, 10, 10]),
+        (("local.epochs=9", "algorithm.epochs=6"), [12, 24, 12, 24]),  # six passes in four rounds
+        (("local.steps=3", "algorithm.epochs=4", "algorithm.budget=given"), [12, 12, 12, 12]),
     ],
 )
 def test_budget(data, options, expected):

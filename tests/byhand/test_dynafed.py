@@ -190,19 +190,26 @@ def test_without_tuning_it_is_uniform_fedavg(data, model):
     avg = run(tiny.config(*model, "algorithm.name=fedavg", "algorithm.weights=uniform"), data=data)
     assert all(torch.equal(tensor, avg.weights[name]) for name, tensor in off.weights.items())
     assert DynaFed(tune_epochs=0).off() == {"tune_epochs": 0}
+    assert DynaFed(snapshots=5).off(4) == {"snapshots": 5}
+    assert DynaFed(snapshots=4).off(4) == {}  # the last round has the path, and tunes on what is distilled from it
 
 
-@pytest.mark.parametrize("recalibrate", [True, False])
-def test_tuning_is_ordinary_training_with_adam(recalibrate):
+@pytest.mark.parametrize(("recalibrate", "bn_var"), [(True, "mean"), (False, "mean"), (False, "pooled")])
+def test_tuning_is_ordinary_training_with_adam(recalibrate, bn_var):
     """Three passes that renew the statistics, two epochs of torch.optim.Adam, from this round's average of both."""
     method = DynaFed(**SMALL, augment=False, recalibrate=recalibrate, tune_lr=1e-2, tune_batch=3)
     bed = bed_of(method, "batch")
+    bed.server = replace(bed.server, lab=replace(bed.server.lab, bn_var=bn_var))
     for _ in range(3):
         bed.round()
     plain = bed_of(Algorithm(weights="uniform"), "batch")
     plain.server = replace(bed.server, lab=plain.server.lab, private={})
     average = plain.round().params
-    statistics = torch.stack([reply.buffers for reply in plain.replies]).mean(0)
+    each = torch.stack([reply.buffers for reply in plain.replies])
+    statistics = each.mean(0)
+    for means, variances in bed.server.layout.variance_pairs():
+        if bn_var == "pooled":
+            statistics[variances] += each[:, means].var(0, unbiased=False)
 
     after = bed.round()
     plain.worker.weights.load(average, statistics, plain.server.counters)

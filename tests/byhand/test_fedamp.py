@@ -219,9 +219,30 @@ def test_traffic_is_fedavgs():
 
 
 def test_options():
-    assert FedAMP(lam=0.0).off() == {"lam": 0.0} and FedAMP().off() == {}
+    assert FedAMP().off() == {}
     with pytest.raises(ConfigError, match="alpha"):
         FedAMP(alpha=0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "off"),
+    [
+        ({"lam": 0.0}, {"lam": 0.0}),
+        ({"lam": 0.0, "begin": "mixture"}, {}),  # clients start from their mixtures
+        ({"self_weight": 1.0}, {"self_weight": 1.0}),
+        ({"self_weight": 1.0, "form": "heuristic", "alpha": 2.0}, {"self_weight": 1.0}),
+        ({"self_weight": 1.0, "alpha": 2.0}, {}),  # the mixture is found from alpha
+        ({"alpha": 0.0, "lam": 0.0, "begin": "mixture"}, {"alpha": 0.0}),
+        ({"alpha": 0.0, "lam": 0.0, "begin": "mixture", "form": "heuristic"}, {}),  # alpha has no part in the mixture
+    ],
+)
+def test_switching_off_is_noticed_where_mixtures_play_no_part(options, off):
+    """Where it is off, mixtures are the clients' own models or have no part in training; else they are neither."""
+    method = FedAMP(**options)
+    assert method.off() == off
+    likeness = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    itself = torch.equal(method.mixture(likeness, 0).float(), torch.eye(2))
+    assert bool(off) == (itself or (method.lam == 0 and method.begin == "own"))
 
 
 @pytest.mark.parametrize("form", ["exact", "heuristic"])

@@ -43,6 +43,17 @@ def test_tuning_starts_at_the_global_model_and_is_sgd(data):
     assert torch.allclose(after, job.worker.weights.params, atol=1e-6)
 
 
+def test_without_tuning_it_is_fedavg_and_says_so(data):
+    def said(*overrides):
+        return list(Job(tiny.config(*overrides), data).idle())
+
+    assert said("algorithm.name=fedavg_ft", "personal.epochs=0") == [
+        "personal.epochs = 0: this switches the method off"
+    ]
+    assert not said("algorithm.name=fedavg_ft")
+    assert not said("algorithm.name=regl", "personal.epochs=0")  # which is more than tuning
+
+
 def test_what_it_is():
     assert (FedAvgFT.kind, FedAvgFT.tunes, FedAvgFT.has_global) == ("personal", True, True)
     assert (Algorithm.kind, Algorithm.tunes) == ("global", False)

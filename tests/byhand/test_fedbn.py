@@ -7,6 +7,7 @@ from torch import nn
 
 from fedkeel.algorithms.base import Algorithm
 from fedkeel.algorithms.fedbn import FedBN
+from fedkeel.job import Job
 from fedkeel.local import Training
 from fedkeel.loop import run
 from fedkeel.models.cnn import CNN
@@ -73,6 +74,14 @@ def test_an_absent_client_keeps_its_batchnorm():
     before = one.states[1]["own"].clone()
     one.round([0])
     assert torch.equal(one.states[1]["own"], before)
+
+
+def test_without_batchnorm_it_says_so(data):
+    (said,) = Job(tiny.config("algorithm.name=fedbn"), data).idle()
+    assert said.startswith("algorithm.name = fedbn: the network has no BatchNorm")
+    balanced = Job(tiny.config("algorithm.name=fedbn", "balance.name=regl", "balance.volume=4"), data)
+    assert list(balanced.idle()) == [said]
+    assert not list(Job(tiny.config("algorithm.name=fedbn", *tiny.BATCHNORM), data).idle())
 
 
 def test_whole_run(data):

@@ -83,7 +83,7 @@ def test_the_pair_that_lies_closest(shift):
     fed(bed, {0: (2.0 + shift, 0.0), 1: (10.0 + shift, 0.0)})
     assert fed(bed, {0: (0.0 + shift, 0.0), 1: (2.5 + shift, 0.0)}) == pytest.approx(2.25 + shift)
     assert chosen(bed) == pytest.approx([2.0 + shift, 2.5 + shift])
-    assert bed.server.private["terms"].tolist() == pytest.approx([0.0, 0.0625])
+    assert bed.server.metrics == pytest.approx({"loss": 0.0, "variance": 0.0625 / 2})
 
 
 @pytest.mark.parametrize("constant", [0.0, 50.0])
@@ -149,6 +149,17 @@ def test_later_groups_are_not_looked_at():
     assert picked[second] == pytest.approx(old[second])  # far nearer to 3 than 100 is
 
 
+def test_both_terms_are_reported():
+    """Chosen are 9 and 10, with losses 1 and 2: their mean 1.5 and L/2 times the variance, 1.5 * 0.25."""
+    bed = bed_of(FedCDA(kept=2, groups=1, warmup=1, smoothness=3.0))
+    fed(bed, {0: (9.0, 1.0), 1: (10.0, 2.0)})
+    assert bed.server.metrics == {}  # nothing is chosen in the warm-up
+    fed(bed, {0: (0.0, 1.0), 1: (40.0, 2.0)})
+    assert chosen(bed) == pytest.approx([9.0, 10.0])
+    assert bed.server.metrics == pytest.approx({"loss": 1.5, "variance": 1.5 * 0.25})
+    assert set(bed.server.private) == {"shelf", "loss", "chosen"}
+
+
 @pytest.mark.parametrize("weights", ["samples", "uniform"])
 def test_warmup_is_fedavg_bit_for_bit(weights):
     cda, avg = Bed(FedCDAQ(weights=weights)), Bed(FedAvgQ(weights=weights))
@@ -199,6 +210,13 @@ def test_without_a_step_there_is_a_loss_too():
     bed = bed_of_images(FedCDA(), epochs=0)
     bed.round([0])
     assert 0 < bed.replies[0].update.extra["loss"].item() < 100
+
+
+def test_switching_off_is_noticed():
+    """One model of each client leaves no choice; nor does a warm-up that lasts as long as the run."""
+    assert FedCDA(kept=1).off(100) == {"kept": 1}
+    assert FedCDA(warmup=100).off(100) == {"warmup": 100}
+    assert FedCDA(warmup=99).off(100) == FedCDA(kept=2).off() == {}
 
 
 def test_statistics_are_those_of_the_chosen_models():

@@ -140,7 +140,9 @@ def test_traffic():
 
 
 def test_switching_off_is_noticed():
-    assert FedDBE(kappa=0.0).off() == {"kappa": 0.0} and FedDBE().off() == {}
+    """With either of the two it is not FedAvg: a vector that is trained, or features drawn to the consensus."""
+    assert FedDBE(kappa=0.0, vector_lr=0.0).off() == {"kappa": 0.0, "vector_lr": 0.0}
+    assert FedDBE(kappa=0.0).off() == FedDBE(vector_lr=0.0).off() == FedDBE().off() == {}
     assert isinstance(FedDBE().build(CNN(width=2).build((1, 16, 16), 4)), Shifted)
     assert Shifted(CNN(width=2).build((1, 16, 16), 4), Rule()).width == 360
 

@@ -120,6 +120,31 @@ def test_without_alpha_and_h_it_is_uniform_fedavg_bit_for_bit():
         assert torch.equal(feddyn.round(clients).params, fedavg.round(clients).params)
 
 
+def test_the_mean_of_the_participants_is_reported_too():
+    """(0.5 + 7/3) / 2, from which h / alpha is not subtracted; client 0 alone in the next round."""
+    bed = Bed(FedDynQ(alpha=1.0), training=EXACT)
+    bed.round()
+    assert bed.server.beside["participants"].item() == pytest.approx(17 / 12)
+    bed.round([0])
+    assert bed.server.beside["participants"].item() == pytest.approx(bed.y(0))
+    bed = Bed(FedDynQ(alpha=1.0, server_correction=False))
+    bed.round()
+    assert bed.server.beside == {}  # it is the server's model
+
+
+def test_records_have_the_accuracy_of_the_participants_mean(data):
+    """In the first round, in which g_k = 0, it is FedAvg's model as long as alpha and clipping do nothing."""
+    table = {"algorithm": {"name": "feddyn", "alpha": 1e-7, "clip": 0.0}}
+    dyn = run(tiny.config("rounds=3", "evaluate.every=2", table=table), data=data)
+    avg = run(tiny.config("rounds=1", "algorithm.name=fedavg", "algorithm.weights=uniform"), data=data)
+    first = run(tiny.config("rounds=1", table=table), data=data)
+    for name in ("accuracy", "loss"):
+        found = first.rounds[0][f"method/participants/{name}"]
+        assert found == pytest.approx(avg.rounds[0][f"global/{name}"], rel=1e-4)
+    assert first.rounds[0]["global/loss"] != pytest.approx(avg.rounds[0]["global/loss"], rel=1e-3)
+    assert ["method/participants/accuracy" in record for record in dyn.rounds] == [False, True, True]
+
+
 def test_without_h_the_server_only_averages():
     bed = Bed(FedDynQ(alpha=1.0, server_correction=False), training=EXACT)
     bed.round()

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from small import bed, gradient, opened, same_training
+from small import bed, gradient, network, opened, same_training
 from torch.nn.functional import cross_entropy
 
 from fedkeel.algorithms.base import Algorithm
@@ -119,3 +119,7 @@ def test_nothing_stays_and_nothing_more_crosses():
 def test_switching_off_is_noticed():
     assert FedNTD(beta=0.0).off() == {"beta": 0.0}
     assert FedNTD().off() == {}
+
+
+def test_a_run_with_two_classes_says_that_it_is_fedavg():
+    assert FedNTD().idle(network(), 2).startswith("with 2 classes") and FedNTD().idle(network(), 3) == ""

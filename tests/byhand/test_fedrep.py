@@ -121,6 +121,16 @@ def test_phases_by_epochs_and_by_steps():
     assert one.replies[0].steps == 3 * 2 + 1 * 2
 
 
+@pytest.mark.parametrize("phase", [{"head_epochs": 1, "body_epochs": 0}, {"head_epochs": 0, "body_epochs": 1}])
+def test_clipping_is_of_what_moves(phase):
+    """One step under a small clip is lr * clip long, however large the gradient of the part that stands still is."""
+    one = bed(FedRep(**phase), lr=0.1, clip=1e-3, batch=16)
+    one.round([0])
+    head, trained, body = parts(one, one.replies[0])
+    assert one.replies[0].steps == 1
+    assert (trained - head if phase["head_epochs"] else body).norm().item() == pytest.approx(1e-4, rel=1e-3)
+
+
 def test_the_last_block():
     assert isinstance(last(net("batch").features), torch.nn.Linear)
     resnet = ResNet18().build((3, 16, 16), 4)
@@ -134,6 +144,13 @@ def test_the_last_block():
 
 def owners(model):
     return [(f"{path}.{leaf}", m) for path, m in model.named_modules() for leaf in (*m._parameters, *m._buffers)]
+
+
+def test_a_body_that_never_moves_is_said():
+    assert FedRep(body_epochs=0).off() == {"body_epochs": 0} and FedRep(head_epochs=0).off() == FedRep().off() == {}
+    one = bed(FedRep(body_epochs=0))
+    one.round([0])
+    assert not one.replies[0].update.delta.any()
 
 
 def test_scalar_bed_has_no_body():

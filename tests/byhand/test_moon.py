@@ -105,6 +105,21 @@ def test_the_loss_is_that_of_three_networks_side_by_side():
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_what_the_modes_alone_put_apart_is_reported(norm):
+    """1 - the cosine of one network's features in the two modes, on a client's first batch; nothing without term."""
+    it = bed(Moon(mu=2.0), norm=norm)
+    it.round([0, 1])
+    assert all(reply.metrics == {} for reply in it.replies)
+    local, batch = opened(it, 1)
+    trained, standing = (copy.deepcopy(local.model).train(mode).features(batch.x) for mode in (True, False))
+    expected = 1 - cosine_similarity(trained, standing).mean().item()
+    it.round([1, 2])
+    found = [reply.metrics.get("method/mode_mismatch") for reply in it.replies]
+    assert found == [pytest.approx(expected, abs=1e-6), None]
+    assert expected > 1e-3 if norm == "batch" else abs(expected) < 1e-6
+
+
 def test_the_term_has_a_gradient_proportional_to_mu():
     grads = []
     for mu in (0.0, 1.0, 2.0):

@@ -1,5 +1,11 @@
-"""ReGL, training-free, against the numeric checks of its reading (Yao 2024)."""
+"""ReGL against the numeric checks of its reading (Yao 2024).
 
+Check 8 is in test_personal.py; 10 and 12, and 11 with tuned generators, are in test_tuning.py.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from bed import Bed
@@ -8,7 +14,10 @@ from test_fbl import bed, images, prepared
 from fedkeel.algorithms.base import Algorithm
 from fedkeel.algorithms.regl import ReGL
 from fedkeel.algorithms.scaffold import Scaffold
-from fedkeel.local import Training
+from fedkeel.local import Training, batches
+from fedkeel.options import build
+from fedkeel.partition.single_class import SingleClass
+from fedkeel.personal import Personal, tuning_samples
 from fedkeel.records import Batch, Update
 
 
@@ -95,3 +104,59 @@ def test_over_scaffold():
     one.round([0, 1])
     mean = (one.states[0]["mine.c"] + one.states[1]["mine.c"]) / 2
     assert torch.allclose(one.server.shared["c"], mean, atol=1e-6)
+
+
+def test_the_two_forms():
+    """Presets TF and FT; who tunes (R-17): enough images, and a generator."""
+    free, tuned = (build(ReGL, ReGL.presets[name]) for name in ("TF", "FT"))
+    assert free == ReGL() and tuned == ReGL(tune=True)
+    counts = torch.tensor([9, 1, 0])
+    assert not free.tunes_generator(counts, "constrained")
+    assert tuned.tunes_generator(counts, "constrained") and tuned.tunes_generator(counts, "unconstrained")
+    assert tuned.tunes_generator(torch.tensor([0, 10, 0]), "constrained")  # one class is enough
+    assert not tuned.tunes_generator(torch.tensor([5, 4, 0]), "constrained")
+    assert ReGL(tune=True, min_images=9).tunes_generator(torch.tensor([5, 4, 0]), "constrained")
+    assert not tuned.tunes_generator(counts, "none")
+    assert not Algorithm().tunes_generator(counts, "constrained")
+
+
+@pytest.mark.parametrize(("ratio", "real"), [(0.25, 2), (0.75, 6), (0.01, 1), (0.99, 7)])
+def test_a_share_of_real_samples_in_each_batch(ratio, real):
+    """R-16. 12 real and 12 synthetic samples, batches of 8: as many steps as without, at least one of each kind."""
+    one = bed(ReGL(volume=4, real_ratio=ratio), [[6, 4, 2]])
+    local = one.worker.open(one.server, 0, None)
+    local.samples = one.method.prepare(local)
+    found = list(batches(local))
+    assert [(int((~batch.fake).sum()), len(batch)) for batch in found] == [(real, 8)] * 3
+    index = torch.cat([batch.index[~batch.fake] for batch in found])
+    assert len(index.unique()) == min(3 * real, 12)  # none again before all have come
+    plain = bed(ReGL(volume=4), [[6, 4, 2]])
+    local = plain.worker.open(plain.server, 0, None)
+    local.samples = plain.method.prepare(local)
+    assert torch.cat([batch.index[~batch.fake] for batch in batches(local)]).sort().values.tolist() == list(range(12))
+
+
+def test_no_share_where_there_is_one_kind_only():
+    """Bit for bit the same as without."""
+    shared, plain = (bed(ReGL(volume=0, real_ratio=ratio), [[9, 1, 0], [0, 4, 6]]) for ratio in (0.5, None))
+    assert torch.equal(shared.round().params, plain.round().params)
+
+
+def test_tuning_a_personal_model_takes_synthetic_images_of_owned_classes():
+    """Check 7: counts (10, 3, 0), by appendix B (R-15)."""
+    one = bed(ReGL(volume=5), [[10, 3, 0]])
+    local = one.worker.open(one.server, 0, None)
+    job = SimpleNamespace(method=one.method, config=SimpleNamespace(personal=Personal()))
+    samples = tuning_samples(job, local)
+    assert samples.take(samples.fake).counts(3).tolist() == [5, 5, 0]
+    assert samples.take(~samples.fake).counts(3).tolist() == [10, 3, 0]
+
+
+def test_single_class_clients():
+    """Check 9: client k has one class and the union of all is the training set."""
+    labels = torch.arange(60) % 5
+    parts = SingleClass().split(labels, 5, 5, np.random.default_rng(0))
+    assert [len(labels[rows].unique()) for rows in parts] == [1] * 5
+    assert torch.cat(parts).sort().values.tolist() == list(range(60))
+    plan = ReGL(volume=4, mode="missing_only").plan(labels[parts[0]].bincount(minlength=5), "constrained")
+    assert sorted(plan.fake.tolist()) == [0, 4, 4, 4, 4]

@@ -52,6 +52,8 @@ class Algorithm:
     """Options under which a round takes no time, for measuring what crosses."""
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     """Named settings of the options, chosen by `preset = "..."` in the configuration."""
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Options of every method that make no difference to this one: `fedkeel show` leaves them out."""
 
     weights: Literal["samples", "uniform", "trained"] = option(
         "samples",
@@ -154,10 +156,19 @@ class Algorithm:
         """How many real and synthetic samples of each class a client with `counts` ([C]) trains on."""
         return Plan(real=counts, fake=counts.new_zeros(counts.shape))
 
+    def tunes_generator(self, counts: Tensor, profile: str) -> bool:
+        """Whether a client with `counts` ([C]) first tunes its generator on its own samples; what it learns stays."""
+        return False
+
     def off(self, rounds: int | None = None) -> Mapping[str, object]:
         """Options whose present value switches the method off, in a run of so many rounds; a run warns about them."""
         meanings = {item.name: item.meaning for item in options(type(self)) if item.meaning.off is not None}
         return {name: getattr(self, name) for name, m in meanings.items() if getattr(self, name) == m.off}
+
+    def idle(self, model: Split, classes: int) -> str:
+        """Why the method can do nothing with this network (from `build`) and so many classes, "" where it can; a run
+        warns about it."""
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ A "round" is a part of the training, so that its curve can be laid beside federa
 many samples pass through the network as in a round of the federated run: participation x local epochs passes over all
 data or, where [local] counts steps, those of all clients in a round together. Passes are whole: where the product is
 not, rounds have one more or less, so that the sum is right. With `budget = "given"` a round is what [local] says, on
-all data. Report the budget and the schedule beside the result.
+all data. With `epochs` the run has that many passes, spread evenly over its rounds. Report the budget and the schedule
+beside the result.
 
 Departure: the optimiser's momentum always lasts from round to round, whatever `local.optimiser` says.
 
@@ -38,9 +39,13 @@ class Centralized(Algorithm):
 
     paper: ClassVar[str] = "none: pooled training"
     pooled: ClassVar[bool] = True
+    unused: ClassVar[tuple[str, ...]] = ("weights", "denominator")  # of one client
 
     budget: Literal["equal", "given"] = option(
         "equal", "work in a round: as much as the clients of a round do together, or what [local] says"
+    )
+    epochs: int | None = option(
+        None, "passes over all data in the whole run, instead of the budget (R-19; 200 is a usual cap)", ge=1
     )
     schedule: Literal["constant", "cosine"] = option(
         "constant",
@@ -49,6 +54,8 @@ class Centralized(Algorithm):
 
     def training(self, training: Training, cohort: int) -> Training:
         training = replace(training, optimiser="keep")
+        if self.epochs is not None:
+            return replace(training, steps=None, max_steps=None)
         if self.budget == "given":
             return training
         return replace(
@@ -62,5 +69,7 @@ class Centralized(Algorithm):
         if self.schedule == "cosine":
             local.lr *= (1 + math.cos(math.pi * local.round / local.rounds)) / 2
         passes = Fraction(training.epochs, local.clients if self.budget == "equal" else 1)
+        if self.epochs is not None:
+            passes = Fraction(self.epochs, local.rounds)
         epochs = math.floor((local.round + 1) * passes) - math.floor(local.round * passes)
         return (Phase(epochs, training.steps),)

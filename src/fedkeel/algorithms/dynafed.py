@@ -73,7 +73,8 @@ class DynaFed(Algorithm):
     proxy_resolution: int | None = option(None, "side of the images in pixels; None = that of the clients'", ge=1)
 
     def off(self, rounds: int | None = None) -> Mapping[str, object]:
-        late = rounds is not None and self.snapshots >= rounds
+        # snapshot L is there in round L: images are found, and tuned on, in the last round of L
+        late = rounds is not None and self.snapshots > rounds
         return {**super().off(rounds), **({"snapshots": self.snapshots} if late else {})}
 
     def __post_init__(self) -> None:

@@ -50,6 +50,7 @@ class FedAMP(Algorithm):
     paper: ClassVar[str] = "Huang et al. 2021, arXiv 2007.03797"
     kind: ClassVar[Literal["global", "personal"]] = "personal"
     has_global: ClassVar[bool] = False
+    unused: ClassVar[tuple[str, ...]] = ("weights", "denominator")  # of an average that nobody is sent
 
     form: Literal["exact", "heuristic"] = option("exact", "weights by distance, or by cosine (HeurFedAMP)")
     lam: float = option(1.0, "strength of the proximal term, with alpha (lambda)", ge=0, grid=(0.01, 0.1, 1.0), off=0.0)
@@ -75,6 +76,14 @@ class FedAMP(Algorithm):
     def __post_init__(self) -> None:
         if self.alpha == 0 and self.lam > 0:
             raise ConfigError("alpha", self.alpha, "an alpha of 0 makes the proximal term infinite: needs lam = 0")
+
+    def off(self, rounds: int | None = None) -> Mapping[str, object]:
+        if self.lam == 0 and self.begin == "own":  # else clients still start from their mixtures
+            return {"lam": self.lam}
+        if self.alpha == 0 and self.form == "exact":  # each mixture is the client's own model, as by a self_weight of 1
+            return {"alpha": self.alpha}
+        found = self.self_weight == 1 and (self.alpha is None or self.form == "heuristic")
+        return {"self_weight": self.self_weight} if found else {}
 
     # once -------------------------------------------------------------------------------------------------------------
 

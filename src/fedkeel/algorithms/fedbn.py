@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkeel.algorithms.base import Algorithm
+from fedkeel.models.split import Split
 from fedkeel.registry import register
 
 
@@ -35,3 +36,7 @@ class FedBN(Algorithm):
 
     def personal(self, name: str, module: nn.Module) -> bool:
         return isinstance(module, _BatchNorm)
+
+    def idle(self, model: Split, classes: int) -> str:
+        found = any(isinstance(module, _BatchNorm) for module in model.modules())
+        return "" if found else "the network has no BatchNorm layer that could stay on the clients, so this is FedAvg"

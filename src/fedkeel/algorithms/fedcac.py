@@ -23,7 +23,7 @@ used without those.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -35,6 +35,9 @@ from fedkeel.options import option
 from fedkeel.records import Local, Server, Update
 from fedkeel.registry import register
 from fedkeel.weights import Layout
+
+ROWS, READ, AT_ONCE = 64, 1 << 15, 1 << 12
+"""Tiles in which marks are compared: clients, bytes that are read of each, bytes unpacked at a time."""
 
 
 @register("algorithms", "fedcac")
@@ -119,18 +122,30 @@ class FedCAC(Algorithm):
             lab.shelf.retain(set())  # not before: while updates arrive, clients of this round still get their mail
             return replace(after, private={})
         versions = {int(k): int(v) for k, v in server.private.get("shelf", torch.empty(0, 2)).tolist()}
+        former, changed = sorted(versions), set()
 
         def kept() -> Iterator[Update]:
             for update in updates:
                 state = {"w": server.params + update.delta, "marks": update.extra["marks"]}
                 lab.shelf.put(update.client, server.round, state)
                 versions[update.client] = server.round
+                changed.add(update.client)
                 yield update
 
         after = super().aggregate(server, kept())
         table = sorted(versions.items())
         lab.shelf.retain(set(table))
-        shared = overlap([lab.shelf.get(*row)["marks"].cpu() for row in table])
+        known = {client: at for at, (client, _) in enumerate(table)}
+        shared = torch.zeros(len(table), len(table), dtype=torch.float64)
+        if former:
+            places = torch.tensor([known[client] for client in former])
+            shared[places[:, None], places] = server.private["overlap"].cpu()
+        renew(
+            shared,
+            sorted(known[client] for client in changed),
+            lambda at, span: lab.shelf.part(*table[at], "marks", span).cpu(),
+            -(-len(server.params) // 8),
+        )
         return replace(after, private={"shelf": torch.tensor(table), "overlap": shared})
 
 
@@ -146,15 +161,46 @@ def critical(change: Tensor, w: Tensor, layout: Layout, tau: float) -> Tensor:
     return marks
 
 
-def overlap(marks: Sequence[Tensor]) -> Tensor:
-    """[M, M] O_ij = 1 - |M_i - M_j|_1 / (2 |M_i|_1) of packed marks; 0 for a client without any."""
-    both = torch.zeros(len(marks), len(marks), dtype=torch.float64)  # |M_i * M_j|, part by part to spare memory
-    for part in zip(*(torch.split(each, 1 << 15) for each in marks), strict=True):
-        bits = torch.stack([unpacked(each, 8 * len(each)) for each in part]).float()
-        both += bits @ bits.T  # whole numbers below 2^24: exact
-    size = both.diagonal()
+def renew(overlap: Tensor, stale: Sequence[int], marks: Callable[[int, slice], Tensor], length: int) -> None:
+    """Brings rows and columns `stale` of `overlap` ([M, M] float64) up to date, in place.
+
+    O_ij = 1 - |M_i - M_j|_1 / (2 |M_i|_1); 0 for a client without marks. marks(i, span): those bytes of client i's
+    packed marks, which are `length` bytes. Whatever M and `length` are, few tiles of marks are in memory at a time.
+    """
+    order = torch.tensor([*stale, *sorted(set(range(len(overlap))) - set(stale))])
+    number, fresh = len(order), slice(0, len(stale))  # from here on, clients are counted in this order
+    both, size = torch.zeros(number, number, dtype=torch.float64), torch.zeros(number, dtype=torch.float64)
+    for start in range(0, length, READ):
+        span = slice(start, min(start + READ, length))
+        for first in range(0, len(stale), ROWS):
+            one = slice(first, min(first + ROWS, len(stale)))
+            mine = torch.stack([marks(at, span) for at in order[one].tolist()])
+            for begin in (first, *range(one.stop, number, ROWS)):
+                other = one if begin == first else slice(begin, min(begin + ROWS, number))
+                theirs = mine if begin == first else torch.stack([marks(at, span) for at in order[other].tolist()])
+                common, marked = products(mine, theirs)
+                both[one, other] += common
+                if begin != first:
+                    both[other, one] += common.T
+                if first == 0:
+                    size[other] += marked
     apart = size[:, None] + size[None, :] - 2 * both
-    return torch.where(size[:, None] > 0, 1 - apart / (2 * size[:, None]).clamp(min=1), 0.0)
+    found = torch.where(size[:, None] > 0, 1 - apart / (2 * size[:, None]).clamp(min=1), 0.0)
+    overlap[order[fresh, None], order] = found[fresh]
+    overlap[order[:, None], order[fresh]] = found[:, fresh]
+
+
+def products(mine: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """[A, B] how many marks two clients have in common, and [B] how many those of `theirs` have, from packed marks
+    [A, L] and [B, L]."""
+    common, marked = torch.zeros(len(mine), len(theirs), dtype=torch.float64), torch.zeros(len(theirs)).double()
+    bits = unpacked(torch.arange(256, dtype=torch.uint8), 8 * 256).view(256, 8).float()  # of each byte
+    for one, other in zip(torch.split(mine, AT_ONCE, 1), torch.split(theirs, AT_ONCE, 1), strict=True):
+        a = bits.index_select(0, one.flatten().int()).view(len(one), -1)
+        b = a if mine is theirs else bits.index_select(0, other.flatten().int()).view(len(other), -1)
+        common += a @ b.T  # whole numbers below 2^24: exact
+        marked += b.sum(1)
+    return common, marked
 
 
 def collaborators(overlap: Tensor, number: int, last: int) -> Tensor:

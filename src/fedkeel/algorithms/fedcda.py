@@ -10,8 +10,8 @@ differ by at most one in size; during warm-up aggregation is FedAvg's and a part
 Departures: where a group would have more than 4096 combinations to try, there are more groups than asked for. BatchNorm
 statistics are no part of the choice; they are averaged as the chosen models are (`local.bn_var` does not apply).
 
-With unnormalised weights the variance outweighs the loss by far under the paper's L = 1; how much both are after a
-round is kept in `private["terms"]` of the server.
+With unnormalised weights the variance outweighs the loss by far under the paper's L = 1. After the warm-up, records say
+how much both are for the chosen models: `method/loss` and `method/variance` (with its factor L/2).
 
 What crosses: as FedAvg, and one number up, the mean loss of the last local epoch. Nothing stays on clients; the server
 keeps the last K models of each client (on the shelf, on disk past a budget).
@@ -57,7 +57,7 @@ class FedCDA(Algorithm):
 
     paper: ClassVar[str] = "Wang et al., ICLR 2024"
 
-    kept: int = option(3, "models kept of each client (K)", ge=1, grid=(1, 2, 3, 4))
+    kept: int = option(3, "models kept of each client (K)", ge=1, grid=(1, 2, 3, 4), off=1)
     groups: int = option(3, "groups of participants, whose models are chosen one group after another (b)", ge=1)
     smoothness: float = option(1.0, "weight of the models' variance against their mean loss (L)", ge=0)
     warmup: int = option(50, "first rounds, in which aggregation is FedAvg's", ge=0)
@@ -97,7 +97,7 @@ class FedCDA(Algorithm):
             for group in self.split(waiting, server.lab.streams("groups")):
                 self.choose(server, models, group, waiting)
                 waiting = [client for client in waiting if client not in group]
-            after = averaged(server, models)
+            after = averaged(server, models, self.smoothness)
         rows = [model for client in sorted(models) for model in models[client]]
         shelf.retain({(model.client, model.version) for model in rows})
         table = {
@@ -105,7 +105,7 @@ class FedCDA(Algorithm):
             "loss": torch.tensor([model.loss for model in rows], dtype=torch.float64),
             "chosen": torch.tensor([model.chosen for model in rows]),
         }
-        return replace(after, private={**after.private, **table})
+        return replace(after, private=table)
 
     def split(self, participants: list[int], rng: torch.Generator) -> list[list[int]]:
         """The participants in random groups of about the same size."""
@@ -171,21 +171,21 @@ def gram(vectors: Sequence[Tensor]) -> Tensor:
     return products
 
 
-def averaged(server: Server, models: Mapping[int, list[Model]]) -> Server:
-    """The mean of all clients' chosen models, and of their statistics."""
+def averaged(server: Server, models: Mapping[int, list[Model]], smoothness: float) -> Server:
+    """The mean of all clients' chosen models, and of their statistics; the objective's two terms are in `metrics`."""
     squares, selection = 0.0, [chosen(models[client]) for client in sorted(models)]
 
-    def terms() -> Iterator[tuple[float, tuple[Tensor, ...]]]:
+    def moves() -> Iterator[tuple[float, tuple[Tensor, ...]]]:
         nonlocal squares
         for model in selection:
             moved, buffers = fetched(server, model)
             squares += float(gram([moved])) / len(selection)
             yield 1.0, (moved, buffers)
 
-    step, buffers = mean(terms())
+    step, buffers = mean(moves())
     loss = sum(model.loss for model in selection) / len(selection)
-    spread = torch.tensor([loss, squares - float(gram([step]))], dtype=torch.float64)
-    return replace(server, params=server.params + step, buffers=buffers, private={**server.private, "terms": spread})
+    terms = {"loss": loss, "variance": smoothness / 2 * (squares - float(gram([step])))}
+    return replace(server, params=server.params + step, buffers=buffers, metrics=terms)
 
 
 def fetched(server: Server, model: Model) -> tuple[Tensor, Tensor]:

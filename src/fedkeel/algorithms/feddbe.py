@@ -17,7 +17,7 @@ global model is the network without any vector, which is what a newcomer would s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -41,13 +41,15 @@ class FedDBE(Algorithm):
     paper: ClassVar[str] = "Zhang et al. 2023, arXiv 2311.14975"
     kind: ClassVar[Literal["global", "personal"]] = "personal"
 
-    kappa: float = option(
-        50.0, "strength of the mean regulariser (kappa)", ge=0, grid=(0.1, 1.0, 10.0, 50.0, 100.0), off=0.0
-    )
+    kappa: float = option(50.0, "strength of the mean regulariser (kappa)", ge=0, grid=(0.1, 1.0, 10.0, 50.0, 100.0))
     mu: float = option(
         1.0, "weight of the present batch in the running mean (mu); 1 = the batch alone", gt=0, le=1, grid=(0.1, 0.5, 1)
     )
     vector_lr: float = option(1.0, "learning rate of the vector as a factor of the model's; 0 = it stays zero", ge=0)
+
+    def off(self, rounds: int | None = None) -> Mapping[str, object]:
+        alone = self.kappa == 0 and self.vector_lr == 0  # with either of them it is not FedAvg
+        return {"kappa": self.kappa, "vector_lr": self.vector_lr} if alone else {}
 
     # once -------------------------------------------------------------------------------------------------------------
 

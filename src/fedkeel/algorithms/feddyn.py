@@ -8,6 +8,9 @@ gradient at theta_k. Gradients are clipped, as in the authors' code (the text ha
 quadratic term, which comes by weight decay, escapes it. Averages are uniform as printed; with `weights = "samples"`
 clients count by size in both the mean and h, which then is the weighted mean of the g_k.
 
+The server's model is reported, and beside it, as by the authors, the mean of the participants' models, from which h is
+not subtracted: `method/participants/accuracy` and `.../loss` in the records.
+
 What crosses: as FedAvg, uniform weights; with `alpha_scaling` also one number down. What stays: g_k on the client, h on
 the server.
 """
@@ -39,7 +42,7 @@ class FedDyn(Algorithm):
 
     paper: ClassVar[str] = "Acar et al. 2021, arXiv 2111.04263"
 
-    weights: Literal["samples", "uniform", "trained"] = option(
+    weights: Literal["samples", "uniform"] = option(
         "uniform", "the paper averages uniformly; samples weighs clients by size, in the mean and in h"
     )
     alpha: float = option(0.01, "strength of the regulariser (alpha)", ge=0, grid=(1e-3, 1e-2, 1e-1), off=0.0)
@@ -50,7 +53,7 @@ class FedDyn(Algorithm):
     server_correction: bool = option(True, "subtract h / alpha from the mean of the local models")
 
     def __post_init__(self) -> None:
-        if self.weights == "trained":
+        if self.weights not in ("samples", "uniform"):  # as under [balance], which has a wider choice
             raise ConfigError("weights", self.weights, "h is a mean over all clients: must be 'uniform' or 'samples'")
         if self.alpha == 0 and self.server_correction:
             raise ConfigError("alpha", self.alpha, "must be > 0, since h is divided by it (server_correction)")
@@ -86,4 +89,5 @@ class FedDyn(Algorithm):
         if not self.server_correction:
             return replace(server, params=params)
         h = server.private.get("h", torch.zeros_like(moved)) - self.alpha * share * moved
-        return replace(server, params=params - h / self.alpha, private={**server.private, "h": h})
+        after = replace(server, params=params - h / self.alpha, private={**server.private, "h": h})
+        return replace(after, beside={"participants": server.params + moved})

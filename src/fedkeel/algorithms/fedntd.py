@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from fedkeel.algorithms.base import Algorithm
+from fedkeel.models.split import Split
 from fedkeel.options import option
 from fedkeel.records import Batch, Local
 from fedkeel.reference import logits, received
@@ -34,6 +35,10 @@ class FedNTD(Algorithm):
 
     beta: float = option(1.0, "strength of the distillation (beta)", ge=0, grid=(0.1, 0.3, 1.0, 3.0), off=0.0)
     temperature: float = option(1.0, "temperature of the distillation (tau)", gt=0, grid=(1.0, 2.0, 3.0, 5.0))
+
+    def idle(self, model: Split, classes: int) -> str:
+        alone = f"with {classes} classes there is nothing to distil, as a sample has one other class at most"
+        return f"{alone}, so this is FedAvg" if classes <= 2 else ""
 
     def loss(self, local: Local, batch: Batch) -> Tensor:
         if self.beta == 0:

@@ -47,7 +47,7 @@ class FedRep(Algorithm):
     head_epochs: int = option(
         10, "epochs on the head, the body standing still (instead of local.epochs)", ge=0, grid=(1, 5, 10)
     )
-    body_epochs: int = option(1, "epochs on the body after that, the head standing still", ge=0, grid=(1, 5))
+    body_epochs: int = option(1, "epochs on the body after that, the head standing still", ge=0, grid=(1, 5), off=0)
     last_block: bool = option(False, "the last block of the body is a client's own too")
 
     def build(self, model: Split) -> Split:

@@ -7,7 +7,9 @@ network, for all methods it compares, has a two-layer projection before the head
 client without previous model has no contrastive term until it has one; the paper's code skips only its first round and
 then contrasts clients that never took part with their random initial network. Both reference networks are in evaluation
 mode, as in the paper's code; so with BatchNorm they use running statistics where the network that trains uses those of
-the batch: the received ones for the global model, its own for a previous model.
+the batch: the received ones for the global model, its own for a previous model. How far apart the modes alone put the
+features is in the records: `method/mode_mismatch`, 1 - cos(z, z_global) in a client's first batch, where both networks
+have the same weights; the mean over clients with a contrastive term, about 0 without BatchNorm.
 
 What crosses: as FedAvg. What stays: the client's last models with their BatchNorm statistics, one by default.
 """
@@ -77,7 +79,10 @@ class Moon(Algorithm):
         loss = cross_entropy(local.model.head(z), batch.y)
         if len(others) == 0:
             return loss
-        return loss + self.mu * contrast(z, [features(local, other, batch.x) for other in others], self.temperature)
+        near = [features(local, other, batch.x) for other in others]
+        if "mismatch" not in local.scratch:
+            local.scratch["mismatch"] = 1 - cosine_similarity(z.detach(), near[0]).mean()
+        return loss + self.mu * contrast(z, near, self.temperature)
 
     def others(self, local: Local) -> Tensor:
         """[1 + k, T] the global model and the k previous ones; none of them ([0]) without contrastive term."""
@@ -92,7 +97,9 @@ class Moon(Algorithm):
     def upload(self, local: Local) -> Update:
         kept, new = local.mine["previous"], present(local)[None]
         previous = torch.cat([kept, new])[-self.buffer :].clone() if len(kept) else new
-        return Update(self.weight(local), local.params - local.anchor, keep={"previous": previous})
+        moved, seen = local.params - local.anchor, local.scratch.get("mismatch")
+        metrics = {} if seen is None else {"mode_mismatch": float(seen)}
+        return Update(self.weight(local), moved, keep={"previous": previous}, metrics=metrics)
 
 
 def contrast(z: Tensor, others: list[Tensor], temperature: float) -> Tensor:

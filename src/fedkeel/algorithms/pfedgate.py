@@ -16,8 +16,10 @@ Departures: images reach the gate averaged to `input_size` squared pixels, since
 authors' are all 28 or 32); for a network without convolutions, flattened as they are. Score and factor are the same
 clipped number (authors' code: the factor is not clipped), and straight-through gradients reach blocks that were not
 taken, which otherwise could not come back. A batch of one image uses the gate's running statistics. Gate and network
-always step together (the authors' `bi_level = 0`), with one schedule; their clipping of both gradients at 10 is
-`local.clip = 10`. Their averages are over all clients by default (here `denominator = "all"`, with absent ones
+always step together (the authors' `bi_level = 0`), with one schedule; `local.clip = 10` clips both gradients jointly,
+where the authors clip each at 10. Beside the first blocks, a share s - 1 / split of all parameters may be taken, so
+that s of them are used (0.5 at s = 0.5, 5 blocks); in the authors' code it is a share of the other blocks only (0.3 *
+0.8 + 0.2 = 0.44). Their averages are over all clients by default (here `denominator = "all"`, with absent ones
 unchanged).
 
 What crosses: as FedAvg; an update is dense here, though a client that always takes the same blocks would change a share

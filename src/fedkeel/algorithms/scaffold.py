@@ -35,7 +35,7 @@ class Scaffold(Algorithm):
 
     paper: ClassVar[str] = "Karimireddy et al. 2020, arXiv 1910.06378"
 
-    weights: Literal["samples", "uniform", "trained"] = option(
+    weights: Literal["samples", "uniform"] = option(
         "uniform", "the paper averages uniformly; samples weighs clients by size and c by n_k / n"
     )
     server_lr: float = option(1.0, "server learning rate (eta_g)", gt=0, grid=(0.1, 0.5, 1.0, 1.5))
@@ -44,7 +44,7 @@ class Scaffold(Algorithm):
     )
 
     def __post_init__(self) -> None:
-        if self.weights == "trained":
+        if self.weights not in ("samples", "uniform"):  # as under [balance], which has a wider choice
             raise ConfigError("weights", self.weights, "c is the mean over all clients: must be 'uniform' or 'samples'")
 
     def sends(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedkeel.data.dataset import Dataset
-from fedkeel.errors import DataError
+from fedkeel.errors import ConfigError, DataError, nearest
 from fedkeel.options import option
 from fedkeel.records import Samples
 
@@ -69,6 +69,9 @@ class Source(ABC):
         "convert all pictures: 1 = to grey, 3 = to RGB, without alpha; absent: they must be all grey or all RGB "
         "(set 3 for tiny-ImageNet, where some are grey)",
     )
+    classes: tuple[str, ...] = option(
+        (), "use only these classes, in this order, by their names in the data; empty = all (R-14)", keyed=None
+    )
     public_limit: int = option(
         0,
         "set this many train images aside as public, stratified, the last of each class: no client gets them, and a "
@@ -87,6 +90,8 @@ class Source(ABC):
         raw = self.read()
         for split in (raw.train, raw.test):
             checked(split.labels, len(raw.classes), split.where)
+        if self.classes:
+            raw = only(raw, self.classes)
         private, public = set_aside(raw.train.labels, self.public_limit)
         if len(private) == 0:
             raise DataError(
@@ -114,6 +119,27 @@ def assembled(
     """A `Dataset` with the statistics of its train images."""
     mean, std = statistics(train_x)
     return Dataset(name, classes, train_x, train_y, test_x, test_y, mean, std)
+
+
+def only(raw: Raw, names: Sequence[str]) -> Raw:
+    """The samples of these classes, numbered in this order. Raises ConfigError for a name that is not there or twice,
+    DataError for a split without any."""
+    for at, name in enumerate(names):
+        if name not in raw.classes:
+            known = f"the data have no such class; there are {', '.join(raw.classes)}"
+            raise ConfigError(f"data.classes[{at}]", name, known, nearest(name, raw.classes))
+        if name in names[:at]:
+            raise ConfigError(f"data.classes[{at}]", name, "is named twice")
+    number = np.full(len(raw.classes), -1, dtype=np.int64)
+    number[[raw.classes.index(name) for name in names]] = np.arange(len(names))
+
+    def part(split: Split) -> Split:
+        rows = np.flatnonzero(number[split.labels] >= 0)
+        labels = number[split.labels[rows]]
+        checked(labels, len(names), f"{split.where}, classes {', '.join(names)}")
+        return Split(split.where, labels, lambda asked: split.pictures(rows[asked]))
+
+    return Raw(raw.name, tuple(names), part(raw.train), part(raw.test))
 
 
 def set_aside(labels: Rows, limit: int) -> tuple[Rows, Rows]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -40,19 +41,50 @@ class Source(Protocol):
 
 
 @runtime_checkable
-class Fittable(Protocol):
-    """A source that can learn from public images (fit) or from a client's own (tune); both return a new source."""
+class Tunable(Protocol):
+    """A source that can learn from a client's own images; how is among the options of its generator."""
 
-    def fit(self, samples: Samples) -> Source: ...
-    def tune(self, samples: Samples) -> Source: ...
+    def tune(
+        self,
+        samples: Samples,
+        seed: int,
+        keep: Path | None = None,
+        budget: float | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Source:
+        """A new source; this one stays as it is.
+
+        keep: a path without suffix. When finished, what was learned lies in `<keep>.safetensors`, which is read instead
+        of learning it again; `<keep>.part.safetensors` is there while the tuning is under way, for a killed one to go
+        on from. Without it nothing is kept. budget: seconds this may take; what is learned by then is kept, with a
+        warning. progress: called with steps done and steps in all.
+
+        The fingerprint is that of the generator and of what was learned; with a scale of 0 the images are the untuned
+        ones. Raises PoolError when `keep` holds something else or nothing was learned, StorageError for a full disk.
+        """
+        ...
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A source that knows which images it was trained on: [N] int64 `names.marks`, None where it does not."""
+
+    trained_on: Tensor | None
 
 
 class Generator(Protocol):
     """The options of a generator: a registered frozen dataclass (room "generators")."""
 
-    def load(self, classes: tuple[str, ...], shape: tuple[int, int, int], device: torch.device) -> Source:
+    def load(
+        self,
+        classes: tuple[str, ...],
+        shape: tuple[int, int, int],
+        device: torch.device,
+        public: Samples | None = None,
+    ) -> Source:
         """A ready source for these classes and this image size (channels, height, width).
 
+        public: images that no client has (section [data], `public_limit`), for a generator that learns from such.
         Raises PoolError or DataError when the generator cannot serve them, naming what it can.
         """
         ...

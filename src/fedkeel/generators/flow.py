@@ -12,26 +12,35 @@ package knows the classes asked for.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as pack
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedkeel.errors import DataError, PoolError
-from fedkeel.generators.names import digest, knows, match, plain_name
+from fedkeel.files import write
+from fedkeel.generators.flow_tuning import Tuning, merged, tune
+from fedkeel.generators.names import digest, knows, marks, match, plain_name
 from fedkeel.options import option
+from fedkeel.records import Samples
 from fedkeel.registry import register
 from fedkeel.rng import isolated, stream_seed
 
 BUNDLED = Path(__file__).parent / "bundled"
+HASHES = Path(__file__).parents[1] / "data/bundled"
+MARKS = "trained_on"
+"""The tensor of a weights file that holds the marks of the images it was trained on."""
 CHUNK = 64
 """Images per pass through the network, always: short batches are padded, so that the batch size changes no image."""
 
@@ -39,13 +48,15 @@ CHUNK = 64
 @dataclass(frozen=True)
 class FlowConfig:
     """What a weights file says about itself. shape: channels, height, width; patch: side of the square of pixels folded
-    into channels before the first convolution; widths: channels per level, each half the size of the one before."""
+    into channels before the first convolution; widths: channels per level, each half the size of the one before; steps:
+    Euler steps that it is served with unless told otherwise."""
 
     classes: tuple[str, ...]
     shape: tuple[int, int, int]
     patch: int = 2
     widths: tuple[int, ...] = (48, 96)
     condition: int = 128
+    steps: int = 1
 
 
 class ResBlock(nn.Module):
@@ -141,12 +152,21 @@ class FlowSource:
     """
 
     def __init__(
-        self, net: FlowNet, config: FlowConfig, weights: str, classes: tuple[str, ...], seed: int, steps: int
+        self,
+        net: FlowNet,
+        config: FlowConfig,
+        weights: str,
+        classes: tuple[str, ...],
+        seed: int,
+        steps: int,
+        tuning: Tuning | None = None,
+        trained_on: Tensor | None = None,
     ) -> None:
         self.net = net.eval().requires_grad_(False)
         self.classes, self.shape, self.seed, self.steps = classes, config.shape, seed, steps
+        self.config, self.tuning, self.trained_on = config, tuning or Tuning(), trained_on
         self.weights = weights
-        """SHA-256 hex of the weights file."""
+        """SHA-256 hex of the weights file, and of what was tuned."""
         self._ids = match(classes, config.classes)
         self._names = [plain_name(name) for name in classes]
 
@@ -171,6 +191,43 @@ class FlowSource:
             )
         return ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
+    def tune(
+        self,
+        samples: Samples,
+        seed: int,
+        keep: Path | None = None,
+        budget: float | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> FlowSource:
+        """A source tuned on these images ([N, C, H, W] uint8, labels as `classes`); see `Tunable` and flow_tuning.
+
+        Raises PoolError when `keep` holds an adapter of something else or the tuning comes to nothing.
+        """
+        device, ids = next(self.net.parameters()).device, torch.tensor(self._ids)
+        adapter = tune(
+            self.net,
+            self._made,
+            samples.x.to(device).float() / 127.5 - 1,
+            ids[samples.y].to(device),
+            {number: plain_name(self.config.classes[number]) for number in self._ids},
+            self.tuning,
+            seed,
+            recipe=digest("tuned flow", self.weights, self.steps, repr(replace(self.tuning, scale=1.0, serve=1))),
+            keep=keep,
+            budget=budget,
+            progress=progress,
+        )
+        net, scale = copy.deepcopy(self.net), self.tuning.scale
+        net.load_state_dict(merged(self.net.state_dict(), adapter, scale))
+        parts = (part for name in sorted(adapter) for part in (name, adapter[name].cpu().numpy().tobytes()))
+        weights, steps = digest(self.weights, *parts, str(scale)), self.tuning.serve if scale else self.steps
+        return FlowSource(net, self.config, weights, self.classes, self.seed, steps, self.tuning, self.trained_on)
+
+    @torch.inference_mode()
+    def _made(self, z: Tensor, ids: Tensor) -> Tensor:
+        parts = zip(torch.split(z, CHUNK), torch.split(ids, CHUNK), strict=True)
+        return torch.cat([euler(self.net, a, b, self.steps) for a, b in parts]).clamp(-1, 1)
+
     def prompt(self, label: int) -> str:
         """It takes only the class number."""
         return ""
@@ -190,11 +247,49 @@ class Bundled:
     """A rectified flow trained by this project on public images that its data sets leave out; no download."""
 
     seed: int = option(0, "another seed, other images", ge=0)
-    steps: int = option(1, "Euler steps per image; the weights in the package were trained for one", ge=1, le=64)
+    steps: int | None = option(
+        None, "Euler steps per image; absent: as many as the weights were trained for", ge=1, le=64, keyed=1
+    )
     path: str = option("", "a weights file of your own, from tools/train_flow.py; empty = one from the package")
+    tune_mode: Literal["full", "lora"] = option(
+        "full",
+        "what tuning on a client's images changes: every weight, or each layer by a matrix of low rank",
+        keyed=None,
+    )
+    tune_steps: int = option(Tuning.steps, "steps of tuning", ge=0, keyed=None)
+    tune_lr: float = option(
+        Tuning.lr, "learning rate of tuning (Adam; annealed to 0)", gt=0, grid=(2e-4, 5e-4, 1e-3, 2e-3), keyed=None
+    )
+    tune_batch: int = option(Tuning.batch, "images in a batch of tuning, half of them replay", ge=2, keyed=None)
+    tune_rank: int = option(
+        Tuning.rank, 'rank of the change, for tune_mode = "lora"', ge=1, grid=(4, 8, 16), keyed=None
+    )
+    tune_scale: float = option(
+        Tuning.scale, "how much of what was tuned is added; 0 = the generator as it was (R-07)", ge=0, le=2, keyed=None
+    )
+    tune_replay: int = option(
+        Tuning.replay,
+        "classes of which the client has fewer images are topped up to as many with the generator's own while it is "
+        "tuned, so that they are not forgotten; 0 = none",
+        ge=0,
+        keyed=None,
+    )
+    tune_serve: int = option(
+        Tuning.serve,
+        "Euler steps per image of a tuned generator: tuning bends the lines that made few enough",
+        ge=1,
+        le=64,
+        keyed=None,
+    )
 
-    def load(self, classes: tuple[str, ...], shape: tuple[int, int, int], device: torch.device) -> FlowSource:
-        """The flow that knows these classes (by name) at this size.
+    def load(
+        self,
+        classes: tuple[str, ...],
+        shape: tuple[int, int, int],
+        device: torch.device,
+        public: Samples | None = None,
+    ) -> FlowSource:
+        """The flow that knows these classes (by name) at this size; it was trained already and ignores `public`.
 
         Raises PoolError, naming what there is, when none does; DataError when a weights file is missing or damaged.
         """
@@ -204,7 +299,10 @@ class Bundled:
             config = read_config(path)
             if config.shape == shape and knows(classes, config.classes):
                 net, config, weights = load(path)
-                return FlowSource(net.to(device), config, weights, classes, self.seed, self.steps)
+                steps, images = self.steps or config.steps, trained_on(path)
+                return FlowSource(
+                    net.to(device), config, weights, classes, self.seed, steps, self.tuning, trained_on=images
+                )
             c, h, w = config.shape
             known.append(f"{path.stem} ({h}x{w}x{c}: {', '.join(config.classes)})")
         c, h, w = shape
@@ -212,11 +310,53 @@ class Bundled:
             f"generator 'bundled' cannot make {h}x{w}x{c} images of {', '.join(classes)}; it has {'; '.join(known)}"
         )
 
+    @property
+    def tuning(self) -> Tuning:
+        """How its sources are tuned."""
+        return Tuning(**{item.name: getattr(self, f"tune_{item.name}") for item in fields(Tuning)})
 
-def save(net: FlowNet, config: FlowConfig, path: Path, note: str) -> None:
-    """The weights in half precision; config and note (the recipe) go into the file's metadata."""
+
+def save(net: FlowNet, config: FlowConfig, path: Path, note: str, images: Tensor | None = None) -> None:
+    """The weights in half precision; config and note (the recipe) go into the file's metadata.
+
+    images: [N, C, H, W] uint8, those it was trained on: their marks go into the file, so that a run in which clients
+    hold some of them can say so.
+    """
     tensors = {name: value.half().contiguous() for name, value in net.state_dict().items()}
+    if images is not None:
+        tensors[MARKS] = marks(images)
     save_file(tensors, path, {"config": json.dumps(asdict(config)), "note": note})
+
+
+def amend(path: Path, images: Tensor | None = None, steps: int | None = None) -> None:
+    """Adds to a weights file what `save` was not told: the images trained on ([N, C, H, W] uint8), the steps to serve.
+
+    The weights stay; the file's SHA-256, and with it the fingerprint, does not.
+    """
+    config = read_config(path)
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        note = file.metadata()
+    if images is not None:
+        tensors[MARKS] = marks(images)
+    if steps is not None:
+        config = replace(config, steps=steps)
+    write(path, pack(tensors, {**note, "config": json.dumps(asdict(config))}))
+
+
+def trained_on(path: Path) -> Tensor | None:
+    """[N] int64 marks of the images that a flow was trained on; None where its file does not say.
+
+    Of the flow for `fashion` the package holds them beside the data.
+    """
+    with safe_open(path, framework="pt") as file:
+        if MARKS in file.keys():  # noqa: SIM118 - it is no dict
+            found: Tensor = file.get_tensor(MARKS)
+            return found
+    beside = HASHES / f"{path.stem.removeprefix('flow-')}-public-sha256.bin"
+    if path.parent != BUNDLED or not beside.is_file():
+        return None
+    return torch.frombuffer(bytearray(beside.read_bytes()), dtype=torch.int64)
 
 
 def read_config(path: Path) -> FlowConfig:
@@ -228,7 +368,12 @@ def read_config(path: Path) -> FlowConfig:
         raise DataError(f"{path} is not a weights file of a flow: {error}") from error
     c, h, w = values["shape"]
     return FlowConfig(
-        tuple(values["classes"]), (c, h, w), values["patch"], tuple(values["widths"]), values["condition"]
+        tuple(values["classes"]),
+        (c, h, w),
+        values["patch"],
+        tuple(values["widths"]),
+        values["condition"],
+        values.get("steps", 1),
     )
 
 
@@ -238,7 +383,7 @@ def load(path: Path) -> tuple[FlowNet, FlowConfig, str]:
     with isolated(torch.Generator()):  # its first weights, thrown away at once, are drawn at random
         net = FlowNet(config)
     try:
-        net.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+        net.load_state_dict({name: value.float() for name, value in load_file(path).items() if name != MARKS})
     except (SafetensorError, RuntimeError) as error:
         raise DataError(f"{path}: the weights are damaged: {error}") from error
     return net, config, hashlib.sha256(path.read_bytes()).hexdigest()

@@ -22,6 +22,7 @@ from fedkeel.data.pictures import reason
 from fedkeel.errors import ConfigError, DataError, PoolError
 from fedkeel.generators.names import digest, knows, match, plain_name
 from fedkeel.options import option
+from fedkeel.records import Samples
 from fedkeel.registry import register
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp"}
@@ -104,7 +105,13 @@ class Folder:
 
     repeat: bool = option(False, "begin again with the first image of a class when all are used, instead of an error")
 
-    def load(self, classes: tuple[str, ...], shape: tuple[int, int, int], device: torch.device) -> FolderSource:
+    def load(
+        self,
+        classes: tuple[str, ...],
+        shape: tuple[int, int, int],
+        device: torch.device,
+        public: Samples | None = None,
+    ) -> FolderSource:
         """The folder's images of these classes (by name).
 
         Raises ConfigError without `dir`, DataError when it has neither layout, PoolError for a class without images.

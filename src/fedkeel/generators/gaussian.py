@@ -8,7 +8,8 @@ standard deviation.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from fedkeel.registry import register
 from fedkeel.rng import stream_seed
 
 BUNDLED = Path(__file__).parent / "bundled"
-RANK = 100
+RANK, PRIOR = 100, 50
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,28 @@ def components(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         axes = torch.nn.functional.normalize(vectors.T @ rows)
     keep = min(rank, n - 1, d)
     basis = torch.zeros(rank, d, dtype=torch.float64)
-    basis[:keep] = (axes * (values.clamp(min=0) / (n - 1)).sqrt()[:, None]).flip(0)[:keep]
+    basis[:keep] = (axes * (values.clamp(min=0) / max(n - 1, 1)).sqrt()[:, None]).flip(0)[:keep]
     return mean.half(), basis.half()
+
+
+def blend(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], share: float) -> tuple[Tensor, Tensor]:
+    """Mean [D] and leading components [rank, D] of a mixture of two Gaussians, `share` of it the other."""
+    (mean, basis), (mean2, basis2) = ((m.double(), b.double()) for m, b in (one, other))
+    apart = math.sqrt(share * (1 - share)) * (mean2 - mean)
+    rows = torch.cat([math.sqrt(1 - share) * basis, math.sqrt(share) * basis2, apart[None]])
+    _, vectors = torch.linalg.eigh(rows @ rows.T)  # the covariance is rows' rows; this has the same spectrum
+    leading = (vectors.T @ rows).flip(0)[: len(basis)]
+    return ((1 - share) * mean + share * mean2).half(), leading.half()
 
 
 class GaussianSource:
     """Fitted Gaussians ready to draw from; see `Source`. Always on the CPU, one image at a time."""
 
-    def __init__(self, fitted: Fitted, classes: tuple[str, ...], seed: int) -> None:
+    def __init__(
+        self, fitted: Fitted, classes: tuple[str, ...], seed: int, prior: int = PRIOR, scale: float = 1.0
+    ) -> None:
         self.classes, self.shape, self.seed = classes, fitted.shape, seed
+        self.prior, self.scale = prior, scale
         rows = match(classes, fitted.classes)
         self.mean, self.basis = fitted.mean[rows], fitted.basis[rows]
         self._names = [plain_name(name) for name in classes]
@@ -93,16 +107,26 @@ class GaussianSource:
             out[row] = mean + torch.randn(len(basis), generator=stream) @ basis
         return out.round().clamp(0, 255).byte().reshape(-1, *self.shape)
 
-    def fit(self, samples: Samples) -> GaussianSource:
-        """A source fitted to these images; a class with fewer than two of them stays as it is."""
+    def tune(
+        self,
+        samples: Samples,
+        seed: int,
+        keep: Path | None = None,
+        budget: float | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> GaussianSource:
+        """Each class the client owns n images of becomes a blend of this Gaussian and theirs, n / (n + `prior`) of it
+        theirs, `scale` times; the others stay. It takes no draws and, as it takes a moment, keeps nothing; see
+        `Tunable`."""
         mean, basis = self.mean.clone(), self.basis.clone()
-        for label in range(len(self.classes)):
+        owned = [label for label in range(len(self.classes)) if bool((samples.y == label).any())]
+        for done, label in enumerate(owned if self.scale > 0 else (), 1):
             x = samples.x[samples.y == label]
-            if len(x) >= 2:
-                mean[label], basis[label] = components(x, basis.shape[1])
+            share = self.scale * len(x) / (len(x) + self.prior)
+            mean[label], basis[label] = blend((mean[label], basis[label]), components(x, basis.shape[1]), share)
+            if progress is not None:
+                progress(done, len(owned))
         return GaussianSource(Fitted(self.classes, self.shape, mean, basis), self.classes, self.seed)
-
-    tune = fit
 
     def prompt(self, label: int) -> str:
         """It takes only the class number."""
@@ -124,18 +148,36 @@ class Gaussian:
     """One Gaussian per class over the pixels of public images: the control that any generator has to beat."""
 
     seed: int = option(0, "another seed, other images", ge=0)
-    path: str = option("", "a file saved by fedkeel.generators.gaussian; empty = the one from the package")
+    path: str = option(
+        "", "a file saved by fedkeel.generators.gaussian; empty = one from the package, else fitted to public images"
+    )
+    tune_prior: int = option(
+        PRIOR, "a client's images of a class at which tuning goes half of the way to them", ge=1, keyed=None
+    )
+    tune_scale: float = option(1.0, "how far tuning goes; 0 = not at all", ge=0, le=1, keyed=None)
 
-    def load(self, classes: tuple[str, ...], shape: tuple[int, int, int], device: torch.device) -> GaussianSource:
-        """The Gaussians of these classes (by name). Raises PoolError, naming what there is, when there are none."""
+    def load(
+        self,
+        classes: tuple[str, ...],
+        shape: tuple[int, int, int],
+        device: torch.device,
+        public: Samples | None = None,
+    ) -> GaussianSource:
+        """The Gaussians of these classes (by name), or those fitted to the public images.
+
+        Raises PoolError, naming what there is, when there are neither.
+        """
         fitted = [read(path) for path in ([Path(self.path)] if self.path else sorted(BUNDLED.glob("gaussian-*")))]
-        for one in fitted:
-            if one.shape == shape and knows(classes, one.classes):
-                return GaussianSource(one, classes, self.seed)
+        found = next((one for one in fitted if one.shape == shape and knows(classes, one.classes)), None)
+        if found is None and public is not None and not self.path:
+            found = fit(public, classes)
+        if found is not None:
+            return GaussianSource(found, classes, self.seed, self.tune_prior, self.tune_scale)
         sizes = [f"{'x'.join(map(str, (*one.shape[1:], one.shape[0])))}: {', '.join(one.classes)}" for one in fitted]
         c, h, w = shape
         raise PoolError(
-            f"generator 'gaussian' cannot make {h}x{w}x{c} images of {', '.join(classes)}; it has {'; '.join(sizes)}"
+            f"generator 'gaussian' cannot make {h}x{w}x{c} images of {', '.join(classes)}; it has {'; '.join(sizes)}; "
+            f"set data.public_limit to have it fitted to train images set aside"
         )
 
 

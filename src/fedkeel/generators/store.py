@@ -42,7 +42,8 @@ def default_dir(source: Source) -> Path:
 
 class Pool:
     """Images of one source. dir: where they are kept, None for memory only; batch: images asked for at once; warn: told
-    of damage that is made good (a Python warning unless the caller has a better way).
+    of damage that is made good (a Python warning unless the caller has a better way); among: how many pools of one run
+    share the memory.
 
     Raises PoolError when `dir` holds images of another source, StorageError when it cannot be written.
     """
@@ -54,8 +55,9 @@ class Pool:
         lanes: int = 1,
         batch: int = 256,
         warn: Callable[[str], None] = warnings.warn,
+        among: int = 1,
     ) -> None:
-        self.source, self.dir, self.lanes, self.batch, self.warn = source, dir, lanes, batch, warn
+        self.source, self.dir, self.lanes, self.batch, self.warn, self.among = source, dir, lanes, batch, warn, among
         self.fingerprint = source.fingerprint()
         self._where: dict[Key, tuple[str, int]] = {}  # in which part, which row
         self._memory: OrderedDict[str, Tensor] = OrderedDict()  # the part used last stands last
@@ -151,7 +153,7 @@ class Pool:
     def _remember(self, name: str, images: Tensor) -> None:
         self._memory[name] = images
         held = sum(part.numel() for part in self._memory.values())
-        while self.dir is not None and held > MEMORY and len(self._memory) > 1:
+        while self.dir is not None and held > MEMORY // self.among and len(self._memory) > 1:
             held -= self._memory.popitem(last=False)[1].numel()
 
     def _discard(self, path: Path) -> None:

@@ -37,6 +37,11 @@ NAMES = {
     "personal/accuracy_best": "Accuracy of personal models, best",
     "train/loss": "Training loss",
     "train/steps": "Local steps a round, all clients",
+    "method/participants/accuracy": "FedDyn: accuracy of the participants' mean model",
+    "method/participants/loss": "FedDyn: loss of the participants' mean model",
+    "method/loss": "FedCDA: mean loss of the chosen models",
+    "method/variance": "FedCDA: variance of the chosen models, times L/2",
+    "method/mode_mismatch": "MOON: features apart by BatchNorm's modes alone, 1 - cosine",
 }
 
 
@@ -71,7 +76,7 @@ def accuracy(runs: Sequence[RunData], metric: str = "global/accuracy") -> Figure
         style = _DASHES[at // len(PALETTE) % len(_DASHES)]
         marker = "o" if len(rounds) < 3 else None  # a line of one point would not show
         axes.plot(
-            rounds, scale * mean, color=colour(at), ls=style, lw=2, marker=marker, ms=5, label=_words(method.label)
+            rounds, scale * mean, color=colour(at), ls=style, lw=2, marker=marker, ms=5, label=words(method.label)
         )
         if std.any():
             low, high = scale * (mean - std), scale * (mean + std)
@@ -120,10 +125,10 @@ def bubbles(
     step = next(n for n in (1, 2, 5, 10, 20, 50, 100, 10**9) if clients / n <= 26)
     axes.set_xticks(range(0, clients, step))
     small = 9 if labels <= 30 else 6.5
-    axes.set_yticks(range(labels), [_words(_short(name)) for name in classes], fontsize=small)
+    axes.set_yticks(range(labels), [words(shorten(name)) for name in classes], fontsize=small)
     axes.set_xlabel("Client")
     axes.grid(color=FAINT, lw=0.5 if labels <= 30 and clients <= 30 else 0.25)
-    _title(axes, title)
+    heading(axes, title)
     axes.set_title(f"largest disc: {largest:,} samples", loc="right", fontsize=8, color=INK)
     if fake is not None:
         legend = figure.legend(reverse=True, loc="outside lower left", ncols=2, frameon=False, labelcolor=INK)
@@ -141,16 +146,16 @@ def per_class(runs: Sequence[RunData]) -> Figure:
     strips = len(classes) > 24
     rows = max(len(found), 1) if strips else 1
     wide = float(np.clip(0.3 * len(classes) * max(len(found), 1) ** 0.5, 7.5, 15))
-    figure, panels = _panels(wide, 1.9 * rows + 1.4 if strips else 4.4, rows)
+    figure, panels = paper(wide, 1.9 * rows + 1.4 if strips else 4.4, rows)
     for order, (at, method, values) in enumerate(found):
         axes = panels[order if strips else 0]
         bar = 0.82 if strips else 0.82 / len(found)
         shift = 0.0 if strips else (order - (len(found) - 1) / 2) * bar
         where = [place[name] + shift for name in values]
         heights = [100 * value for value in values.values()]
-        axes.bar(where, heights, width=bar * 0.92, color=colour(at), label=_words(method.label))
+        axes.bar(where, heights, width=bar * 0.92, color=colour(at), label=words(method.label))
         if strips:
-            _title(axes, method.label)
+            heading(axes, method.label)
     long = max((len(name) for name in classes), default=0) > 5
     for axes in panels:
         axes.set_ylim(0, 100)
@@ -160,7 +165,7 @@ def per_class(runs: Sequence[RunData]) -> Figure:
         axes.set_xticks([])
     turn = 90 if strips else 35 if long else 0
     axes = panels[-1]
-    axes.set_xticks(range(len(classes)), [_words(_short(name)) for name in classes], fontsize=7 if strips else 9)
+    axes.set_xticks(range(len(classes)), [words(shorten(name)) for name in classes], fontsize=7 if strips else 9)
     for tick in axes.get_xticklabels():
         tick.set(rotation=turn, ha="right" if turn == 35 else "center", rotation_mode="anchor" if turn == 35 else None)
     if not strips and found:
@@ -174,7 +179,7 @@ def contact(real: NDArray[np.uint8], fake: NDArray[np.uint8], classes: Sequence[
     deep = -(-len(classes) // bands)
     tile = 0.55 if bands == 1 else 0.36  # inches
     across = real.shape[1] + fake.shape[1] + 0.5
-    figure, panels = _panels(
+    figure, panels = paper(
         bands * (across * tile + 1.3), deep * tile * real.shape[3] / real.shape[4] + 0.9, 1, across=bands
     )
     for band, axes in enumerate(panels):
@@ -188,7 +193,7 @@ def contact(real: NDArray[np.uint8], fake: NDArray[np.uint8], classes: Sequence[
         picture = np.concatenate([left, gap, right], axis=1)
         axes.imshow(picture, interpolation="nearest" if real.shape[4] <= 64 else "antialiased")
         high = left.shape[0] / len(mine)
-        names = [_words(_short(classes[kind])) for kind in mine]
+        names = [words(shorten(classes[kind])) for kind in mine]
         axes.set_yticks([high * (row + 0.5) for row in range(len(mine))], names, fontsize=9 if bands == 1 else 7)
         middle = left.shape[1] + gap.shape[1] + right.shape[1] / 2
         axes.set_xticks([left.shape[1] / 2, middle], ["real", "synthetic"])
@@ -198,7 +203,7 @@ def contact(real: NDArray[np.uint8], fake: NDArray[np.uint8], classes: Sequence[
             tick.set(color=face, fontweight="bold")
         axes.spines[:].set_visible(False)
     if title:
-        figure.suptitle(_words(title), x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
+        figure.suptitle(words(title), x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
     return figure
 
 
@@ -232,7 +237,7 @@ def seconds(runs: Sequence[RunData]) -> Figure:
     for at, phase in enumerate(in_order(phase for table in times for phase in table)):
         values = np.array([table.get(phase, 0.0) for table in times])
         face = STAGES[at % len(STAGES)]
-        axes.barh(range(len(found)), values, left=start, height=0.6, color=face, label=_words(phase))
+        axes.barh(range(len(found)), values, left=start, height=0.6, color=face, label=words(phase))
         start += values
     for row, total in enumerate(start):
         axes.annotate(
@@ -279,7 +284,7 @@ def _all(runs: Sequence[RunData]) -> Iterator[tuple[str, Figure]]:
         yield "seconds", seconds(runs)
 
 
-def _panels(wide: float, high: float, rows: int, across: int = 1) -> tuple[Figure, list[Axes]]:
+def paper(wide: float, high: float, rows: int, across: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure in inches with its panels, in the house style."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -298,21 +303,22 @@ def _panels(wide: float, high: float, rows: int, across: int = 1) -> tuple[Figur
 
 
 def _figure(wide: float, high: float) -> tuple[Figure, Axes]:
-    figure, panels = _panels(wide, high, 1)
+    figure, panels = paper(wide, high, 1)
     return figure, panels[0]
 
 
 def _rows(figure: Figure, axes: Axes, found: Sequence[Method], longest: float) -> None:
     """A row a method, the first at the top, with room for a number after the longest bar."""
-    axes.set_yticks(range(len(found)), [_words(_short(method.label, 32)) for method in found])
+    axes.set_yticks(range(len(found)), [words(shorten(method.label, 32)) for method in found])
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.set_xlim(0, 1.12 * longest or 1)
     axes.grid(axis="x", color=FAINT, lw=0.8)
     figure.legend(loc="outside upper left", ncols=5, frameon=False, labelcolor=INK)
 
 
-def _title(axes: Axes, text: str) -> None:
-    axes.set_title(_words(text), loc="left", fontsize=11, fontweight="bold", color=INK)
+def heading(axes: Axes, text: str) -> None:
+    """A panel's title."""
+    axes.set_title(words(text), loc="left", fontsize=11, fontweight="bold", color=INK)
 
 
 def _mosaic(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -328,10 +334,11 @@ def as_rgb(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return shown.transpose(0, 2, 3, 1)
 
 
-def _short(text: str, most: int = 18) -> str:
+def shorten(text: str, most: int = 18) -> str:
+    """At most so many letters."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _words(text: str) -> str:
+def words(text: str) -> str:
     """Text for matplotlib: dollars are not mathematics."""
     return text.replace("$", r"\$")

@@ -21,6 +21,7 @@ from fedkeel.errors import DataError
 TAIL = 10  # the headline is the mean over the last ten evaluated rounds
 PHASES = ("generate", "train", "aggregate", "evaluate", "checkpoint")
 _CLASS = "global/class/"
+_SO_FAR = ("personal/accuracy_best", "personal/evaluations")
 _FREE = {"name", "seed", "runs_dir", "device", "runtime"}  # settings in which repetitions of one method may differ
 
 
@@ -95,9 +96,10 @@ class RunData:
         return [self.rounds[row] for row in rows], [float(column[row]) for row in rows]
 
     def headline(self, metric: str = "global/accuracy") -> float | None:
-        """The mean over the last ten rounds in which the metric was recorded; None without any."""
+        """The mean over the last ten rounds in which the metric was recorded; None without any. Of one that looks back
+        over all rounds so far it is the last value."""
         values = self.series(metric)[1]
-        return fmean(values[-TAIL:]) if values else None
+        return fmean(values[-1 if metric.startswith(_SO_FAR) else -TAIL :]) if values else None
 
     def total(self, metric: str) -> float:
         """The sum over all rounds, zero where never recorded."""

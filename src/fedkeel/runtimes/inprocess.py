@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,12 +30,12 @@ class InProcessRuntime:
         self.job = job
 
     def run(
-        self, server: Server, clients: Sequence[int], accepted: Mapping[int, int], measure: bool
+        self, server: Server, clients: Sequence[int], accepted: Mapping[int, int], measure: Collection[int]
     ) -> Iterator[Reply]:
         for client in clients:
             state = self.job.store.open(client, accepted.get(client))
             mail = self.job.mail(server, client)
-            reply = self.job.worker.fit(server, client, state, self.job.measure if measure else None, mail)
+            reply = self.job.worker.fit(server, client, state, self.job.measure if client in measure else None, mail)
             if not reply.failure:
                 self.job.store.put(client, server.round, reply.state)
             yield reply

@@ -1,0 +1,291 @@
+"""Clients that differ in what they can compute, generators that go wrong, and images that must be kept apart."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from fedkeel import registry
+from fedkeel.data.dataset import Dataset
+from fedkeel.errors import ConfigError, PoolError, StorageError
+from fedkeel.generators.flow import FlowConfig, FlowNet, save
+from fedkeel.generators.gaussian import fit
+from fedkeel.job import Job, validating
+from fedkeel.loop import resume, run
+from fedkeel.options import option
+from fedkeel.record import Silent, numbers
+from fedkeel.records import Samples
+from fedkeel.rng import isolated
+
+SKEWED = ("partition.name=dirichlet", "partition.alpha=0.3")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """A Gaussian for all clients and a flow for the unconstrained ones, of the classes of `tiny.data`."""
+    folder = tmp_path_factory.mktemp("two")
+    public, config = tiny.data(seed=1), FlowConfig(tiny.data().classes, (1, 16, 16), widths=(8,), condition=8)
+    fit(Samples.real_ones(public.train_x, public.train_y), public.classes, 4).save(folder / "gaussian.safetensors")
+    with isolated(torch.Generator().manual_seed(3)):
+        net = FlowNet(config)
+        torch.nn.init.normal_(net.last.weight, std=0.02)
+        save(net, config, folder / "flow.safetensors", "hardly trained", public.train_x[:7])
+    return {
+        "generator": {"name": "gaussian", "path": str(folder / "gaussian.safetensors")},
+        "generators": {"unconstrained": {"name": "bundled", "path": str(folder / "flow.safetensors"), "tune_steps": 2}},
+    }
+
+
+class Told(Silent):
+    """Keeps what it is warned of."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def warned(self, text: str) -> None:
+        self.said.append(text)
+
+
+# clients that differ --------------------------------------------------------------------------------------------------
+
+
+MIXED = ("profiles.unconstrained_ids=[1]", "profiles.none_ids=[2]", *SKEWED)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [("algorithm.name=fbl",), ("algorithm.name=regl", "algorithm.preset=FT", "algorithm.volume=2"),
+     ("algorithm.name=fedprox", "balance.name=regl", "balance.volume=2")],
+)  # fmt: skip
+def test_one_run_of_clients_with_different_methods(
+    method: tuple[str, ...], data: Dataset, two: dict[str, object], tmp_path: Path
+) -> None:
+    """Client 1 has a generator of its own, client 2 none and is FedAvg's, bit for bit (FBL-X1)."""
+    config = tiny.config(*MIXED, *method, "rounds=2", f"pool.dir={tmp_path}/pools", table=two)
+    result = run(config, data=data, folder=tmp_path / "run")
+    assert all(record["clients"] == [0, 1, 2, 3] and not record["failed"] for record in result.rounds)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    names = [manifest["generator"]["name"], manifest["generators"]["unconstrained"]["name"]]
+    assert names == ["gaussian", "bundled"] and list(manifest["generators"]) == ["unconstrained"]
+    job = Job(config, data, tmp_path / "run")
+    own = {k: job.source_of(k).fingerprint() for k in range(4)}
+    assert own[0] != own[1]
+    if "algorithm.name=fbl" in method:
+        assert own[0] == own[3] == manifest["generator"]["fingerprint"]
+        assert own[1] == manifest["generators"]["unconstrained"]["fingerprint"]
+    plans = job.plans()
+    assert int(plans[2].fake.sum()) == 0
+    x = job.images(1, plans[1].fake, 0).x
+    wanted = torch.cat([job.images.of(1).take(c, 1, int(n)) for c, n in enumerate(plans[1].fake)])
+    assert torch.equal(x, wanted)
+    if method[0] != "algorithm.name=fedprox":
+        avg = Job(tiny.config(*MIXED, "rounds=2"), data)
+        same, other = (each.worker.fit(each.first_server(), 2, None) for each in (job, avg))
+        assert torch.equal(same.update.delta[: len(other.update.delta)], other.update.delta)
+
+
+def test_a_run_of_mixed_clients_is_resumed(data: Dataset, two: dict[str, object], tmp_path: Path) -> None:
+    config = tiny.config(*MIXED, "algorithm.name=fbl", f"pool.dir={tmp_path}/pools", table=two)
+    whole = run(config, data=data)
+
+    class Stop(Silent):
+        def finished_round(self, record: object) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, data=data, folder=tmp_path / "run", listener=Stop())
+    told = Told()
+    again = resume(tmp_path / "run", data=data, listener=told)
+    assert [numbers(record) for record in again.rounds] == [numbers(record) for record in whole.rounds]
+    assert told.said == []
+
+
+def test_another_generator_than_at_the_start_is_said(data: Dataset, two: dict[str, object], tmp_path: Path) -> None:
+    config = tiny.config(*SKEWED, "algorithm.name=fbl", f"pool.dir={tmp_path}/pools", "generators={}", table=two)
+    run(config, data=data, folder=tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    manifest["generator"]["fingerprint"] = "0" * 64
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    told = Told()
+    resume(tmp_path / "run", data=data, listener=told)
+    assert told.said == [
+        "generator is not the one this run began with: its images are made anew, and numbers will differ"
+    ]
+
+
+def test_generators_of_profiles_alone(data: Dataset, two: dict[str, object], tmp_path: Path) -> None:
+    """Without [generator] it is enough when every client that generates has one."""
+    table = {"generators": two["generators"], "pool": {"dir": str(tmp_path)}}
+    job = Job(tiny.config("algorithm.name=regl", "algorithm.volume=2", "profiles.unconstrained=1.0", table=table), data)
+    assert job.generate() == 32 and list(job.untuned()) == ["unconstrained"]
+    lacking = tiny.config("algorithm.name=regl", "algorithm.volume=2", *MIXED, table=table)
+    with pytest.raises(ConfigError, match=r"generator = None: this run needs synthetic images"):
+        run(lacking, data=data, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_shared_pools_are_shared_by_those_with_one_generator(
+    data: Dataset, two: dict[str, object], tmp_path: Path
+) -> None:
+    fbl = ("algorithm.name=fbl", "pool.sharing=shared", f"pool.dir={tmp_path}")
+    job = Job(tiny.config(*fbl, *MIXED, table=two), data)
+    wanted = [plan.fake for plan in job.plans()]
+    count = job.generate()
+    assert count == int(torch.maximum(wanted[0], wanted[3]).sum() + wanted[1].sum())
+    sizes = [len(job.images.of(k)) for k in (0, 1, 3)]
+    assert sizes[0] == sizes[2] and sizes[0] + sizes[1] == count
+    for client in (0, 1, 3):
+        assert job.images(client, wanted[client], 0).counts(4).tolist() == wanted[client].tolist()
+    assert [len(job.images.of(k)) for k in (0, 1, 3)] == sizes  # nothing more was made
+
+
+# generators that go wrong ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrong:
+    """Goes wrong at image 2 of class 1."""
+
+    how: str = option("black", "in which way")
+
+    def load(self, classes: tuple[str, ...], shape: tuple[int, int, int], device: object, public: object) -> Wrong:
+        object.__setattr__(self, "classes", classes)
+        object.__setattr__(self, "shape", shape)
+        return self
+
+    def generate(self, labels: Sequence[int], indices: Sequence[int]) -> Tensor:
+        rng = torch.Generator().manual_seed(0)
+        x = torch.randint(0, 256, (len(labels), *self.shape), generator=rng).to(torch.uint8)  # type: ignore[attr-defined]
+        if self.how == "black":
+            x[[label == 1 and index == 2 for label, index in zip(labels, indices, strict=True)]] = 0
+        if self.how == "infinite":
+            return x.float() * float("nan")
+        return {"small": x[:, :, :8], "few": x[1:], "colour": x.expand(-1, 3, -1, -1)}.get(self.how, x)
+
+    def prompt(self, label: int) -> str:
+        return ""
+
+    def memory_bytes(self) -> dict[str, int]:
+        return {}
+
+    def fingerprint(self) -> str:
+        return f"{self.how:0<64}"
+
+
+@pytest.fixture
+def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.names("generators")
+    monkeypatch.setitem(registry._things, "generators", {**registry._things["generators"], "wrong": Wrong})
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("black", r"class 'north-east': image 2 has one colour all over"),
+        ("infinite", r"returned torch\.float32 \(16, 1, 16, 16\), wanted uint8"),
+        ("small", r"returned torch\.uint8 \(16, 1, 8, 16\), wanted uint8 \(16, 1, 16, 16\)"),
+        ("few", r"returned torch\.uint8 \(15, 1, 16, 16\)"),
+        ("colour", r"returned torch\.uint8 \(16, 3, 16, 16\)"),
+    ],
+)
+def test_a_generator_that_goes_wrong_is_refused_and_named(
+    how: str, said: str, data: Dataset, wrong: None, tmp_path: Path
+) -> None:
+    """Before the first round, and nothing of it is kept."""
+    regl = ("algorithm.name=regl", "algorithm.volume=1", "generator.name=wrong", f"generator.how={how}")
+    with pytest.raises(PoolError, match=said):
+        run(tiny.config(*regl, f"pool.dir={tmp_path}"), data=data, folder=tmp_path / "run")
+    assert not list(tmp_path.rglob("part-*"))
+    assert (tmp_path / "run" / "rounds.jsonl").read_bytes() == b""
+
+
+def test_a_disk_that_fills_while_the_pool_grows(
+    data: Dataset, two: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is there stays, and the next call goes on from it."""
+    config = tiny.config("algorithm.name=regl", "algorithm.volume=5", f"pool.dir={tmp_path}", table=two)
+    job, sync, left = Job(config, data), os.fsync, [3]
+    job.images.pool.batch = 16
+
+    def full(file: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match=r"No space left .*already there are kept"):
+            job.generate()
+    again, seen = Job(config, data), list[int]()
+    assert len(again.images.pool) == 48
+    again.generate(lambda done, total: seen.append(done))
+    assert seen == [80] and len(again.images.pool) == 80
+
+
+# images that must be kept apart ---------------------------------------------------------------------------------------
+
+
+def test_clients_that_hold_what_the_generator_was_trained_on(
+    data: Dataset, two: dict[str, object], tmp_path: Path
+) -> None:
+    """Seven images of tiny.data(seed=1); one of them is given to a client here."""
+    table = {"generator": two["generators"]["unconstrained"], "pool": {"dir": str(tmp_path)}}  # type: ignore[index]
+    config, told = tiny.config("algorithm.name=regl", "algorithm.volume=1", "rounds=1", table=table), Told()
+    run(config, data=data, listener=told)
+    assert told.said == []
+    x = data.train_x.clone()
+    x[5] = tiny.data(seed=1).train_x[3]
+    leaking = replace(data, train_x=x)
+    for noisy in ((), ("noise.std=0.1",)):
+        told = Told()
+        run(
+            tiny.config("algorithm.name=regl", "algorithm.volume=1", "rounds=1", *noisy, table=table),
+            data=leaking,
+            listener=told,
+        )
+        assert told.said == [
+            "clients hold 1 of the 7 images that the generator was trained on: what it makes tells others of them, and "
+            "results with it are too good; set data.public_limit = 7, if those are the images that it sets aside, or "
+            "use other data"
+        ]
+    public = replace(data, public=Samples.real_ones(x[5:6], data.train_y[5:6]))
+    with pytest.warns(UserWarning, match="clients hold 1 of the 7"):
+        _ = Job(config, leaking).source
+    _ = Job(config, public).source  # public ones are nobody's
+
+
+def test_public_images_and_a_gaussian_of_them(data: Dataset, tmp_path: Path) -> None:
+    """A run whose data set has a public part can use it, or what is fitted to it."""
+    public = replace(data, public=Samples.real_ones(tiny.data(seed=1).train_x, tiny.data(seed=1).train_y))
+    common = ("algorithm.name=regl", "algorithm.volume=2", "rounds=1", f"pool.dir={tmp_path}")
+    run(tiny.config(*common, "generator.name=public"), data=public)
+    run(tiny.config(*common, "generator.name=gaussian"), data=public)
+    with pytest.raises(PoolError, match=r"public image \d+ is wanted, there are 24; raise data\.public_limit"):
+        run(tiny.config(*common, "generator.name=public", "algorithm.volume=9"), data=public)
+    with pytest.raises(PoolError, match=r"set data\.public_limit"):
+        run(tiny.config(*common, "generator.name=gaussian"), data=data)
+
+
+def test_a_validation_split_stands_in_for_the_test_images(data: Dataset) -> None:
+    """R-18: a tenth of each class, before partitioning; nobody trains on it."""
+    job = Job(tiny.config("evaluate.validation=0.25"), data)
+    assert (len(job.data.train_y), len(job.data.test_y)) == (72, 24)
+    assert job.data.test_y.bincount().tolist() == [6] * 4
+    assert torch.equal(job.data.test_x, data.train_x[72:])  # the last of each class
+    assert int(job.counts.sum()) == 72
+    assert np.allclose(job.data.mean[0], data.train_x[:72].float().mean() / 255)
+    assert validating(data, 0.0) is data
+    for share, lacking in ((1e-4, "measure on"), (0.9999, "train on")):
+        with pytest.raises(ConfigError, match=rf"evaluate\.validation = .* leaves no image to {lacking}, of 96"):
+            Job(tiny.config(f"evaluate.validation={share}"), data)
