@@ -81,7 +81,13 @@ def test_it_learns_what_the_client_has(mode: str, bundled: Callable[..., Tunable
     assert made(tuned).float().mean() > images.float().mean() + 20
     assert torch.equal(made(base), images) and base.fingerprint() == before  # the one it came from stays as it is
     assert tuned.classes == CLASSES and tuned.shape == SHAPE
-    assert tuned.memory_bytes() == base.memory_bytes()  # the change is part of the weights
+    # the change is part of the weights, and there is a network for the class that the client lacks
+    assert sum(tuned.memory_bytes().values()) == 2 * sum(base.memory_bytes().values())
+    assert torch.equal(made(tuned, 2), made(base, 2))
+    labels, indices = [0, 2, 1, 2, 0], [5, 1, 0, 0, 6]
+    alone = [tuned.generate([label], [index]) for label, index in zip(labels, indices, strict=True)]
+    assert torch.equal(tuned.generate(labels, indices), torch.cat(alone))
+    assert tuned.generate([], []).shape == (0, *SHAPE)
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
@@ -101,6 +107,8 @@ def test_what_the_fingerprint_follows(bundled: Callable[..., Tunable]) -> None:
         bundled().tune(client(120), 0).fingerprint(),
         bundled(tune_scale=0.5).tune(client(), 0).fingerprint(),
         bundled(tune_mode="lora").tune(client(), 0).fingerprint(),
+        bundled(tune_missing="tuned").tune(client(), 0).fingerprint(),
+        bundled(tune_serve=3).tune(client(), 0).fingerprint(),
     ]
     assert len(set(prints)) == len(prints)
     assert bundled().tune(client(), 0).fingerprint() == prints[1]
@@ -109,7 +117,8 @@ def test_what_the_fingerprint_follows(bundled: Callable[..., Tunable]) -> None:
 def test_replay_keeps_the_classes_that_the_client_lacks(bundled: Callable[..., Tunable]) -> None:
     """Class 2 follows the client's bright images less when the generator's own images of it are trained on too."""
     lost, kept = (
-        made(bundled(tune_steps=40, tune_replay=replay).tune(client(), 0), 2).float().mean() for replay in (0, 32)
+        made(bundled(tune_steps=40, tune_replay=replay, tune_missing="tuned").tune(client(), 0), 2).float().mean()
+        for replay in (0, 32)
     )
     start = made(bundled(), 2).float().mean()
     assert lost > start + 15

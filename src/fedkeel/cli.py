@@ -33,7 +33,7 @@ WIDE = 20
 LONG = 40
 """Clients shown in the table of a partition."""
 DEMO = ("fedavg", "scaffold", "fbl", "regl")
-DEMO_ALL = ("fedavg", "fedprox", "scaffold", "fbl", "fbl(25%)", "fbl(50%)", "regl")
+DEMO_ALL = ("fedavg", "fedprox", "scaffold", "fbl", "fbl(25%)", "fbl(50%)", "regl", "regl:FT")
 
 
 class Group(TyperGroup):
@@ -98,7 +98,9 @@ def start(
 
 @app.command(rich_help_panel="Run")
 def demo(
-    everything: Annotated[bool, typer.Option("--all", help="Also FedProx and FBL with unconstrained clients.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also FedProx, FBL with unconstrained clients, ReGL with tuned generators.")
+    ] = False,
     folder: Annotated[Path, typer.Option("--dir", help="Where to write; an earlier demo there is replaced.")] = Path(
         "runs/demo"
     ),

@@ -76,7 +76,11 @@ class Images:
             # one folder for each generator, so that a folder of pools can be named for runs of many generators
             folder = self.job.pools / source.fingerprint()[:16]
             lanes = self.job.config.clients + 1  # one for the server
-            self._pools[id(source)] = Pool(source, folder, lanes, warn=self.job.tell, among=self.job.makers)
+            # a slow generator's few images at a time are kept as they come: a killed run loses no more than those
+            batch = max(8, getattr(source, "batch", 256))
+            self._pools[id(source)] = Pool(
+                source, folder, lanes, batch=batch, warn=self.job.tell, among=self.job.makers
+            )
         return self._pools[id(source)]
 
     def most(self, client: int) -> Tensor:

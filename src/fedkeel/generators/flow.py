@@ -198,7 +198,7 @@ class FlowSource:
         keep: Path | None = None,
         budget: float | None = None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> FlowSource:
+    ) -> FlowSource | TunedFlow:
         """A source tuned on these images ([N, C, H, W] uint8, labels as `classes`); see `Tunable` and flow_tuning.
 
         Raises PoolError when `keep` holds an adapter of something else or the tuning comes to nothing.
@@ -212,7 +212,9 @@ class FlowSource:
             {number: plain_name(self.config.classes[number]) for number in self._ids},
             self.tuning,
             seed,
-            recipe=digest("tuned flow", self.weights, self.steps, repr(replace(self.tuning, scale=1.0, serve=1))),
+            recipe=digest(
+                "tuned flow", self.weights, self.steps, repr(replace(self.tuning, scale=1.0, serve=1, missing="tuned"))
+            ),
             keep=keep,
             budget=budget,
             progress=progress,
@@ -221,7 +223,9 @@ class FlowSource:
         net.load_state_dict(merged(self.net.state_dict(), adapter, scale))
         parts = (part for name in sorted(adapter) for part in (name, adapter[name].cpu().numpy().tobytes()))
         weights, steps = digest(self.weights, *parts, str(scale)), self.tuning.serve if scale else self.steps
-        return FlowSource(net, self.config, weights, self.classes, self.seed, steps, self.tuning, self.trained_on)
+        tuned = FlowSource(net, self.config, weights, self.classes, self.seed, steps, self.tuning, self.trained_on)
+        owned = frozenset(samples.y.tolist())
+        return tuned if scale == 0 or self.tuning.missing == "tuned" else TunedFlow(tuned, self, owned)
 
     @torch.inference_mode()
     def _made(self, z: Tensor, ids: Tensor) -> Tensor:
@@ -239,6 +243,34 @@ class FlowSource:
     def fingerprint(self) -> str:
         """Over the weights, the classes in their order, seed and steps."""
         return digest("flow", self.weights, *self.classes, self.seed, self.steps)
+
+
+class TunedFlow:
+    """A tuned flow for the classes that the client has images of, and the flow as it was for the others."""
+
+    def __init__(self, tuned: FlowSource, untuned: FlowSource, owned: frozenset[int]) -> None:
+        self.tuned, self.untuned, self.owned = tuned, untuned, owned
+        self.classes, self.shape = tuned.classes, tuned.shape
+
+    def generate(self, labels: Sequence[int], indices: Sequence[int]) -> Tensor:
+        """[N, C, H, W] uint8 on the CPU."""
+        out = torch.empty((len(labels), *self.shape), dtype=torch.uint8)
+        for source, here in ((self.tuned, True), (self.untuned, False)):
+            rows = [row for row, label in enumerate(labels) if (label in self.owned) == here]
+            out[rows] = source.generate([labels[row] for row in rows], [indices[row] for row in rows])
+        return out
+
+    def prompt(self, label: int) -> str:
+        """It takes only the class number."""
+        return ""
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Both networks' weights; all clients share the untuned one."""
+        return {**self.tuned.memory_bytes(), "untuned network": self.untuned.memory_bytes()["network"]}
+
+    def fingerprint(self) -> str:
+        """Over both, and which classes are whose."""
+        return digest("tuned flow", self.tuned.fingerprint(), self.untuned.fingerprint(), *sorted(self.owned))
 
 
 @register("generators", "bundled")
@@ -272,6 +304,11 @@ class Bundled:
         "classes of which the client has fewer images are topped up to as many with the generator's own while it is "
         "tuned, so that they are not forgotten; 0 = none",
         ge=0,
+        keyed=None,
+    )
+    tune_missing: Literal["untuned", "tuned"] = option(
+        "untuned",
+        "what makes the classes that the client has no image of: the generator as it was, or as tuned",
         keyed=None,
     )
     tune_serve: int = option(

@@ -1,13 +1,20 @@
 """Tuning a flow on a client's own images.
 
 It is trained as flows are from the start, on lines between any noise and any image of a class, all along the lines (X.
-Liu et al., arXiv 2209.03003). That bends lines that were straightened so that one step is enough: after tuning, more
-steps are served, eight unless told otherwise. The way around, one step again by pairing each real image with the
-nearest of several that the flow makes (K. Li and J. Malik, arXiv 1809.09087), blurs: NUMBERS
+Liu et al., arXiv 2209.03003). That bends lines that were straightened so that one step is enough: after tuning more
+steps are served, eight unless told otherwise. A way to keep one step, pairing each real image with the nearest of
+several that the flow makes (K. Li and J. Malik, arXiv 1809.09087), blurred: with 500 images of all classes of `fashion`
+a small CNN trained on generated images alone came to 0.724 after it, to 0.767 before, to 0.779 after what is done here
+(two seeds of the CNN, about 0.015 apart).
 
-Replay: a client mostly owns few classes, and a class that it does not train on is forgotten. Classes with fewer than
-`replay` images of the client's are topped up with images of the flow as it was; they make half of each batch. So the
-look of a client's images is not carried over to classes that it lacks; with `replay = 0` it is, at their cost.
+A client mostly owns few classes, and a class that it does not train on is forgotten. Against that there is, first,
+replay: classes with fewer than `replay` images of the client's are topped up with images of the flow as it was; they
+make half of each batch. It is not enough: with 300 images of three classes of `fashion`, tested class by class as
+above, the three rose by up to 0.11, the other seven fell by as much. So, second, classes that the client has no image
+of are made by the flow as it was (`missing = "untuned"`): then the three rose from 0.708 to 0.737 and the others stayed
+(0.787, 0.786). The look of a client's images is then not carried over to classes that it lacks. Beside the client's 300
+real images the tuned ones were worth no more than the untuned ones there (0.774, 0.777): client and generator have the
+same kind of images.
 
 What is trained is either every weight ("full") or, for each convolution and linear layer, a change of low rank (E. Hu
 et al., "LoRA", arXiv 2106.09685). It is kept as the change itself, in half precision; `scale` times that is added.
@@ -51,12 +58,13 @@ class Tuning:
 
     mode: Literal["full", "lora"] = "full"
     steps: int = 150
-    lr: float = 5e-4
+    lr: float = 2e-4
     batch: int = 32
     rank: int = 8
     scale: float = 1.0
     replay: int = 64
     serve: int = 8
+    missing: Literal["untuned", "tuned"] = "untuned"
 
 
 def tune(
