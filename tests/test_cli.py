@@ -406,6 +406,7 @@ def test_generate_tunes_first(config: Path) -> None:
     words = ("generate", config, *regl, "pool.dir=pool")
     value = json.loads(done(*words, "--json").stdout)
     assert (value["images"], value["pool"]) == (4 * 4 * 3, "pool")
+    assert value["spent"]["generator"]["images"] == 4 * 4 * 3 and value["spent"]["generator"]["seconds"] > 0
     folders = {entry["fingerprint"][:16] for entry in value["adapters"]}
     assert len(folders) == 4 and folders == {path.parent.name for path in Path("pool").glob("*/part-*")}
     assert value["generators"] == [value["fingerprint"]] and value["fingerprint"][:16] not in folders

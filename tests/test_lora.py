@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -212,7 +213,34 @@ def test_what_decides_an_adapter(
         assert _same(base.tune(own, 1, tmp_path / "a"), tuned) == []
 
 
-def test_time_is_over(base: DiffusionSource, own: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captioner_and_encoder_count_by_their_content(
+    load: Callable[..., DiffusionSource], own: Samples, weights: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(weights / "clip", tmp_path / "copied")
+    shutil.copytree(weights / "clip", tmp_path / "changed")
+    path = tmp_path / "changed" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "other": 1}))
+    one, copied, changed, wider = (
+        load(image_encoder=str(folder)).recipe(own, 1)
+        for folder in (weights / "clip", tmp_path / "copied", tmp_path / "changed", weights / "same width")
+    )
+    assert one == copied and len({one, changed, wider, load(captioner="").recipe(own, 1)}) == 4
+    assert load(fuse="none").recipe(own, 1) == load(fuse="none", image_encoder="").recipe(own, 1)  # it is not used
+
+
+def test_images_per_pass_are_those_of_the_pipeline(load: Callable[..., DiffusionSource], tuned: TunedSource) -> None:
+    base = load(batch=4)
+    base.batch = 2  # memory ran out
+    one, other = TunedSource(base, tuned.adapter), TunedSource(base, tuned.adapter)
+    assert one.batch == 2
+    with pytest.warns(UserWarning, match="going on with 1 images at a time"):
+        one._halve(MemoryError())
+    assert base.batch == other.batch == one.batch == 1
+
+
+def test_time_is_over(
+    base: DiffusionSource, own: Samples, tuned: TunedSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [0.0]
     monkeypatch.setattr(lora.time, "perf_counter", lambda: now[0])
 
@@ -223,10 +251,20 @@ def test_time_is_over(base: DiffusionSource, own: Samples, tmp_path: Path, monke
         short = base.tune(own, 1, tmp_path / "a", budget=15, progress=tick)
     assert isinstance(short, TunedSource) and len(short.adapter.losses) == 2 and short.adapter.stopped == "budget"
     assert not torch.equal(short.generate(*ASKED), base.generate(*ASKED))
-    again = base.tune(own, 1, tmp_path / "a")  # finished as it is
-    assert isinstance(again, TunedSource) and again.adapter.stopped == "budget"
-    assert again.fingerprint() == short.fingerprint()
-    with pytest.warns(UserWarning, match="nothing was learned, its images are the untuned ones"):
+    with pytest.warns(UserWarning, match="after 2 of 4 steps: its 15 s are over"):  # once more
+        again = base.tune(own, 1, tmp_path / "a", budget=15, progress=tick)
+    assert again.fingerprint() == short.fingerprint() and now[0] == 20
+    done = base.tune(own, 1, tmp_path / "a", budget=45, progress=tick)  # the other two
+    assert now[0] == 40 and isinstance(done, TunedSource) and done.adapter.stopped == "steps"
+    assert _same(done, tuned) == [] and [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        note = file.metadata()
+    assert (note["steps"], note["of"], float(note["seconds"])) == ("4", "4", 40)
+    assert base.tune(own, 1, tmp_path / "a", budget=1).fingerprint() == tuned.fingerprint()
+    with pytest.warns(UserWarning, match="after 0 of 4 steps: its 0 s are over; nothing was learned"):
+        base.tune(own, 1, tmp_path / "b", budget=0)
+    assert _same(base.tune(own, 1, tmp_path / "b"), tuned) == []
+    with pytest.warns(UserWarning, match="nothing was learned"):
         none = base.tune(own, 1, budget=0)
     assert torch.equal(none.generate(*ASKED), base.generate(*ASKED))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from fedkeel.errors import PoolError, StorageError
 from fedkeel.generators import store
-from fedkeel.generators.store import Pool, default_dir
+from fedkeel.generators.store import Pool, Spent, default_dir
 
 
 @dataclass
@@ -181,6 +183,53 @@ def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert sum(part.numel() for part in half._memory.values()) <= 50
     monkeypatch.setattr(store, "MEMORY", 10)
     assert indices(Pool(Counting(), None, batch=10).take(0, 0, 60)) == list(range(60))
+
+
+def test_what_making_images_takes_is_counted(tmp_path: Path) -> None:
+    """Only what is made now: neither images that are there nor those of a call that failed."""
+
+    class Slow(Counting):
+        def generate(self, labels: Sequence[int], indices: Sequence[int]) -> Tensor:
+            time.sleep(0.02)
+            return super().generate(labels, indices)
+
+    pool = Pool(Slow(), tmp_path, batch=4)
+    assert pool.spent.as_json() == {
+        "images": 0, "seconds": 0.0, "cpu_seconds": 0.0, "seconds_per_image": None, "peak_memory_bytes": None
+    }  # fmt: skip
+    pool.fill([(0, 0, 8)])
+    spent = Spent(**vars(pool.spent))
+    assert spent.images == 8 and 0.04 <= spent.seconds < 10 and spent.cpu_seconds < spent.seconds
+    assert spent.as_json()["seconds_per_image"] == round(spent.seconds / 8, 6)
+    assert spent.peak is not None and 50e6 < spent.peak < 50e9
+    pool.take(0, 0, 8)
+    assert pool.spent == spent
+    both = Spent(2, 0.5, 0.25, 7).after(spent.as_json())
+    assert (both.images, both.peak) == (10, spent.peak) and both.seconds == pytest.approx(0.5 + spent.seconds, abs=1e-4)
+    assert Spent().after({}) == Spent()
+    shared = Spent()
+    for name in "ab":
+        Pool(Counting(name=name), None, spent=shared).take(0, 0, 3)
+    assert shared.images == 6
+    with pytest.raises(KeyboardInterrupt):
+        Pool(Slow(dies_at=0), None, spent=shared).take(0, 0, 3)
+    assert shared.images == 6
+
+
+def test_what_a_source_warns_of_is_told_once() -> None:
+    """Not as a Python warning, and also when the source then fails."""
+
+    class Warns(Counting):
+        def generate(self, labels: Sequence[int], indices: Sequence[int]) -> Tensor:
+            warnings.warn("out of memory: going on with 2 images at a time", stacklevel=2)
+            return super().generate(labels, indices)
+
+    said: list[str] = []
+    Pool(Warns(), None, batch=2, warn=said.append).take(0, 0, 6)
+    assert said == ["out of memory: going on with 2 images at a time"]
+    with pytest.raises(KeyboardInterrupt):
+        Pool(Warns(dies_at=0), None, warn=said.append).take(0, 0, 1)
+    assert len(said) == 2
 
 
 def test_garbage_is_refused(tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
+import warnings
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,6 +126,23 @@ def test_another_generator_than_at_the_start_is_said(data: Dataset, two: dict[st
     ]
 
 
+def test_time_to_tune_by_profile(data: Dataset, two: dict[str, object], tmp_path: Path) -> None:
+    """Client 1, unconstrained, has time for nothing here, and the others for all."""
+    table = {"generator": two["generators"]["unconstrained"]}  # type: ignore[index]
+    regl = (*MIXED, "algorithm.name=regl", "algorithm.preset=FT", "algorithm.volume=2", f"pool.dir={tmp_path}")
+    job = Job(tiny.config(*regl, "pool.tuning_budget_unconstrained=1e-9", table=table), data)
+    told = list[str]()
+    job.warn = told.append
+    job.generate()
+    assert {client: each["steps"] for client, each in job.adapters.items()} == {0: 2, 1: 0, 3: 2}
+    assert [text.split(":")[0] for text in told] == ["generator of client 1"]
+    both = Job(tiny.config(*regl, "pool.tuning_budget=1e-9", "pool.tuning_budget_unconstrained=99", table=table), data)
+    both.warn = told.append
+    both.generate()
+    assert {client: each["steps"] for client, each in both.adapters.items()} == {0: 2, 1: 2, 3: 2}
+    assert both.config.key() == job.config.key()
+
+
 def test_generators_of_profiles_alone(data: Dataset, two: dict[str, object], tmp_path: Path) -> None:
     """Without [generator] it is enough when every client that generates has one."""
     table = {"generators": two["generators"], "pool": {"dir": str(tmp_path)}}
@@ -149,6 +169,93 @@ def test_shared_pools_are_shared_by_those_with_one_generator(
     assert [len(job.images.of(k)) for k in (0, 1, 3)] == sizes  # nothing more was made
 
 
+# what generators take, and say ----------------------------------------------------------------------------------------
+
+
+def test_a_run_notes_what_making_images_took(data: Dataset, two: dict[str, object], tmp_path: Path) -> None:
+    """By generator; a process that goes on with the run adds to it, and images that were there count for nothing."""
+    config = tiny.config(*MIXED, "algorithm.name=fbl", f"pool.dir={tmp_path}/pools", table=two)
+    made = [0]
+
+    class Stop(Silent):
+        def generating(self, done: int, total: int) -> None:
+            made[0] = done
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, data=data, folder=tmp_path / "run", listener=Stop())
+    first = json.loads((tmp_path / "run" / "generators.json").read_text())
+    assert made[0] == sum(each["images"] for each in first.values()) > 0
+    resume(tmp_path / "run", data=data)
+    noted = json.loads((tmp_path / "run" / "generators.json").read_text())
+    job = Job(config, data)
+    sizes = {"generator": len(job.images.of(0)), "unconstrained": len(job.images.of(1))}
+    assert {key: each["images"] for key, each in noted.items()} == sizes and sum(sizes.values()) > made[0]
+    for each in noted.values():
+        assert each["seconds"] > 0 and each["cpu_seconds"] > 0 and each["peak_memory_bytes"] > 50e6
+        assert each["seconds_per_image"] == pytest.approx(each["seconds"] / each["images"], abs=1e-4)
+        assert each["peak_memory_of"] == "the process since its start"
+    resume(tmp_path / "run", data=data)
+    assert json.loads((tmp_path / "run" / "generators.json").read_text()) == noted
+    run(config, data=data, folder=tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "generators.json").read_text())
+    assert {(each["images"], each["seconds_per_image"]) for each in again.values()} == {(0, None)}
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "bundled"])
+def test_many_clients_that_tune_do_not_hold_many_networks(
+    kind: str, data: Dataset, two: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that do not fit are made again from what they kept; images stay as they are, bit for bit."""
+    generator = two["generator"] if kind == "gaussian" else two["generators"]["unconstrained"]  # type: ignore[index]
+    ft = ("algorithm.name=regl", "algorithm.preset=FT", "algorithm.min_images=1", *SKEWED)
+    tuned: list[weakref.ref[object]] = []
+    tune = Job._tune
+
+    def counting(self: Job, *args: object) -> object:
+        source = tune(self, *args)  # type: ignore[arg-type]
+        tuned.append(weakref.ref(source))
+        return source
+
+    monkeypatch.setattr(Job, "_tune", counting)
+
+    def made(folder: str, volume: int, *more: str) -> tuple[Job, Tensor, int]:
+        pools = f"pool.dir={tmp_path / folder}"
+        table = {"generator": generator}
+        job = Job(tiny.config(*ft, f"algorithm.volume={volume}", pools, *more, table=table), data)
+        tuned.clear()
+        job.generate()
+        noted = {client: dict(each) for client, each in job.adapters.items()}
+        x = torch.cat([job.images.of(k).take(c, k, 3) for c in range(4) for k in range(4)])
+        gc.collect()
+        assert job.adapters == noted
+        return job, x, sum(each() is not None for each in tuned)
+
+    roomy, wanted, held = made("roomy", 2)
+    assert held == len(roomy._tuned) == len(tuned) == 4
+    tight, x, held = made("tight", 2, "memory=1e-9")
+    assert held == len(tight._tuned) == 1 and len(tuned) > 4
+    assert torch.equal(x, wanted)
+    assert [tight.source_of(k).fingerprint() for k in range(4)] == [roomy.source_of(k).fingerprint() for k in range(4)]
+    if kind == "bundled":
+        for path in (tmp_path / "tight" / "adapters").iterdir():
+            path.unlink()
+        tight.adapters[0]["fingerprint"] = "0" * 64  # as if it had come out otherwise
+        tight.source_of(3)
+        with pytest.raises(PoolError, match="what client 0 tuned was removed or changed"):
+            tight.source_of(0)
+
+
+def test_warnings_and_the_origin_of_prompts_reach_the_run(data: Dataset, wrong: None, tmp_path: Path) -> None:
+    """Through its listener, each once, and its manifest."""
+    regl = ("algorithm.name=regl", "algorithm.volume=3", "generator.name=wrong", "generator.how=warns", "rounds=1")
+    told = Told()
+    run(tiny.config(*regl, f"pool.dir={tmp_path}"), data=data, folder=tmp_path / "run", listener=told)
+    assert told.said == ["a word is unknown", "memory is short"]
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["generator"]["phrases"] == {"table": "eurosat", "source": "here", "departure": "from above"}
+
+
 # generators that go wrong ---------------------------------------------------------------------------------------------
 
 
@@ -161,6 +268,8 @@ class Wrong:
     def load(self, classes: tuple[str, ...], shape: tuple[int, int, int], device: object, public: object) -> Wrong:
         object.__setattr__(self, "classes", classes)
         object.__setattr__(self, "shape", shape)
+        if self.how == "warns":
+            warnings.warn("a word is unknown", stacklevel=2)
         return self
 
     def generate(self, labels: Sequence[int], indices: Sequence[int]) -> Tensor:
@@ -168,12 +277,17 @@ class Wrong:
         x = torch.randint(0, 256, (len(labels), *self.shape), generator=rng).to(torch.uint8)  # type: ignore[attr-defined]
         if self.how == "black":
             x[[label == 1 and index == 2 for label, index in zip(labels, indices, strict=True)]] = 0
+        if self.how == "warns":
+            warnings.warn("memory is short", stacklevel=2)
         if self.how == "infinite":
             return x.float() * float("nan")
         return {"small": x[:, :, :8], "few": x[1:], "colour": x.expand(-1, 3, -1, -1)}.get(self.how, x)
 
     def prompt(self, label: int) -> str:
         return ""
+
+    def origin(self) -> dict[str, str]:
+        return {"table": "eurosat", "source": "here", "departure": "from above"}
 
     def memory_bytes(self) -> dict[str, int]:
         return {}

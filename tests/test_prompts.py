@@ -10,7 +10,7 @@ import pytest
 
 from fedkeel.data.fashion import BUNDLED
 from fedkeel.errors import ConfigError, PoolError
-from fedkeel.generators.prompts import TEMPLATES, Table, origin, phrases, prompt, published, reviewed, tables
+from fedkeel.generators.prompts import TEMPLATES, Table, origin, phrases, prompt, reviewed, tables
 
 SIZES = {
     "fashion": 10,
@@ -300,12 +300,6 @@ def test_a_misspelled_template_is_met_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'regl-text'"):
         prompt("regl-txt", "cat")
     assert set(TEMPLATES) == {"regl", "regl-text", "fbl"}
-
-
-def test_a_run_publishes_the_prompt_of_each_class_in_order() -> None:
-    found = published(CIFAR10, "fbl")
-    assert list(found) == list(CIFAR10)
-    assert found["truck"] == "a photo of a big truck"
 
 
 def test_a_name_wins_over_another_class_alias() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from fedkeel.generators.base import Tunable
 from fedkeel.generators.flow import Bundled, FlowConfig, FlowNet, save
 from fedkeel.generators.flow_tuning import with_replay
 from fedkeel.generators.gaussian import Fitted, Gaussian, blend, components
-from fedkeel.job import Job
+from fedkeel.job import Job, spent
 from fedkeel.loop import resume, run
 from fedkeel.record import Silent, numbers
 from fedkeel.records import Samples
@@ -180,6 +181,31 @@ def test_a_budget_of_time(bundled: Callable[..., Tunable], tmp_path: Path) -> No
     assert torch.equal(made(tuned), made(bundled(steps=2)))  # the steps that tuned ones are served with
     assert (tmp_path / "adapter.safetensors").exists()
     bundled().tune(client(), 0, tmp_path / "other", budget=1e9)
+
+
+def test_a_tuning_that_was_stopped_goes_on_when_there_is_time(bundled: Callable[..., Tunable], tmp_path: Path) -> None:
+    keep, whole = tmp_path / "adapter", bundled().tune(client(), 0).fingerprint()
+    began, steps = time.perf_counter(), list[int]()
+
+    def slow(done: int, total: int) -> None:
+        steps.append(done)
+        while done == 5 and time.perf_counter() - began < 3:
+            time.sleep(0.1)
+
+    for budget in (1e-9, 2.5):  # from nothing, and from five steps
+        with pytest.warns(UserWarning, match=r"stopped after (0|5) of 12 steps"):
+            short = bundled().tune(client(), 0, keep, budget, progress=slow)
+        assert {path.name for path in tmp_path.iterdir()} == {"adapter.safetensors", "adapter.part.safetensors"}
+    assert steps == [1, 2, 3, 4, 5] and short.fingerprint() != whole
+    with pytest.warns(UserWarning, match=r"stopped after 5 of 12 steps: its 2 s are over"):  # at each use
+        again = bundled().tune(client(), 0, keep, 2, progress=slow)
+    assert again.fingerprint() == short.fingerprint() and len(steps) == 5
+    done = bundled().tune(client(), 0, keep, progress=slow)
+    assert steps == list(range(1, 13)) and done.fingerprint() == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter.safetensors"]
+    assert bundled().tune(client(), 0, keep, 1e-9).fingerprint() == whole  # all steps are done: no warning
+    kept = spent(keep)
+    assert (kept["steps"], kept["of"]) == (12, 12) and float(str(kept["seconds"])) >= 2.5
 
 
 def test_time_already_spent_counts(
@@ -435,8 +461,46 @@ def test_the_budget_of_a_client_is_told_to_the_run(data: Dataset, flow: Path, tm
     config = tuning(flow, tmp_path, "pool.tuning_budget=1e-9", "rounds=1")
     assert config.key() == tuning(flow, tmp_path, "rounds=1").key()
     run(config, data=data, listener=Told())
-    wanted = [f"generator of client {k}: tuning stopped after 0 of 4 steps: its 1e-09 s are over" for k in range(4)]
+    wanted = [
+        f"generator of client {k}: tuning stopped after 0 of 4 steps: its 1e-09 s are over; nothing was learned"
+        for k in range(4)
+    ]
     assert [text for text in said if "generator" in text] == wanted
+    said.clear()
+    run(config, data=data, listener=Told())
+    assert [text for text in said if "generator" in text] == wanted  # once more
+
+
+def test_how_images_are_made_needs_no_new_adapter(data: Dataset, flow: Path, tmp_path: Path) -> None:
+    """R-07: one tuning for all scales."""
+    ways = [("tune_scale", s) for s in (1.0, 0.0, 0.5)] + [("tune_serve", 3), ("tune_missing", "tuned"), ("seed", 4)]
+    prints, steps = set[str](), list[tuple[int, int, int]]()
+    for key, value in ways:
+        job = Job(tuning(flow, tmp_path, f"generator.{key}={value}"), data)
+        prints.add(job.source_of(0, lambda *done: steps.append(done)).fingerprint())
+    assert len(prints) == len(ways) and steps == [(0, done, 4) for done in (1, 2, 3, 4)]
+    for other in ("generator.tune_lr=0.01", "generator.steps=2", "generator.tune_replay=5", "seed=2"):
+        Job(tuning(flow, tmp_path, other), data).source_of(0)
+    assert len(list((tmp_path / "adapters").iterdir())) == 5
+
+
+def test_what_is_on_record_about_an_adapter_stays(data: Dataset, flow: Path, tmp_path: Path) -> None:
+    one, other = Job(tuning(flow, tmp_path), data), Job(tuning(flow, tmp_path), data)
+    one.source_of(1, lambda client, done, total: time.sleep(0.1))
+    other.source_of(1)
+    assert one.adapters == other.adapters and float(str(one.adapters[1]["seconds"])) >= 0.4
+    assert (one.adapters[1]["steps"], one.adapters[1]["of"]) == (4, 4)
+
+
+def test_tuning_that_nobody_sees_is_said(data: Dataset, flow: Path, tmp_path: Path) -> None:
+    def said(*overrides: str) -> list[str]:
+        job = Job(tuning(flow, tmp_path, "partition.name=single_class", *overrides), data)
+        return [text for text in job.idle() if "nothing of the tuning is seen" in text]
+
+    rare = "algorithm.mode=missing_only"
+    assert len(said(rare)) == 1 and not said()
+    assert not said(rare, "generator.tune_missing=tuned") and not said(rare, "algorithm.tune=false")
+    assert len(said(rare, "generator.name=gaussian")) == 1
 
 
 def test_a_full_disk_while_tuning(data: Dataset, flow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

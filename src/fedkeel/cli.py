@@ -233,7 +233,7 @@ def generate(
         str | None, typer.Option(metavar="A,B,...", help="For --profile.", show_default="fp32,bf16,uint4")
     ] = None,
     client: Annotated[
-        int | None, typer.Option(min=0, help="Measure this client's generator, tuned where it tunes.")
+        int | None, typer.Option(min=0, help="Measure this client's generator; --inspect: tuned where it tunes.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write.", show_default="runs/<name>/generator")] = None,
     as_json: AsJson = False,
@@ -272,6 +272,7 @@ def generate(
     if count:
         used = [str(each["fingerprint"]) for each in job.untuned().values()]
         found |= {"pool": str(job.pools / used[0][:16]), "fingerprint": used[0]}
+        found["spent"] = {section: each.as_json() for section, each in job.images.spent.items()}
         if job.adapters or len(used) > 1:  # a folder for each of several generators
             found |= {"pool": str(job.pools), "generators": used, "adapters": list(job.adapters.values())}
     if as_json:

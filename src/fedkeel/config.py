@@ -89,6 +89,9 @@ class PoolOptions:
     tuning_budget: float | None = option(
         None, "seconds that tuning the generator on one client may take; absent: as long as it takes", gt=0
     )
+    tuning_budget_unconstrained: float | None = option(
+        None, "the same for a client that is unconstrained (section [profiles]); absent: tuning_budget", gt=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +125,11 @@ class Config:
     min_clients: int = option(1, "usable updates without which a round fails the run", ge=1)
     on_failure: Literal["continue", "stop"] = option("continue", "what a client without usable update does to the run")
     checkpoint_every: int = option(1, "rounds between checkpoints", ge=1)
-    memory: float = option(2.0, "gigabytes of client states held in memory; the rest lies on disk", gt=0)
+    memory: float = option(
+        2.0,
+        "gigabytes of client states, and of generators that clients tuned, held in memory; the rest lies on disk",
+        gt=0,
+    )
     tensorboard: bool = option(False, "write TensorBoard events beside rounds.jsonl (extra `track`)")
     mlflow: str = option("", "MLflow tracking address or folder; empty = none (extra `track`)")
     data: Any
@@ -177,6 +184,11 @@ class Config:
         """The generator of clients with this profile."""
         own = None if self.generators is None else dict(self.generators.items()).get(profile)
         return own or self.generator
+
+    def tuning_budget_of(self, profile: str) -> float | None:
+        """Seconds that a client with this profile may tune its generator for; None: as many as it takes."""
+        own = self.pool.tuning_budget_unconstrained if profile == "unconstrained" else None
+        return self.pool.tuning_budget if own is None else own
 
     @property
     def cohort(self) -> int:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from fedkeel import personal, registry
@@ -20,15 +21,14 @@ from fedkeel.config import Config, Profiles
 from fedkeel.data.dataset import Dataset
 from fedkeel.data.pictures import set_aside, statistics
 from fedkeel.data.transforms import Transform
-from fedkeel.errors import ConfigError, DeviceError
+from fedkeel.errors import ConfigError, DeviceError, PoolError
 from fedkeel.evaluate import evaluate
 from fedkeel.files import cache
-from fedkeel.generators.base import Generator, Remembers, Source, Tunable
-from fedkeel.generators.names import digest, marks
-from fedkeel.generators.store import Pool
+from fedkeel.generators.base import Generator, Remembers, Source, Tunable, Worded
+from fedkeel.generators.names import marks
+from fedkeel.generators.store import Pool, Spent, heard
 from fedkeel.local import Worker
 from fedkeel.models.split import Split
-from fedkeel.options import plain
 from fedkeel.partition import manifest
 from fedkeel.partition.manifest import Partition
 from fedkeel.records import Lab, Plan, Samples, Server
@@ -40,12 +40,41 @@ Tuning = Callable[[int, int, int], None]
 """Called with a client, and the same of what it does."""
 
 
+class Adapted:
+    """What one client tuned, as a `Source`: its network is in memory only while the job keeps it."""
+
+    def __init__(self, job: Job, client: int) -> None:
+        source = job.source_of(client)
+        self._job, self._client, self._fingerprint = job, client, source.fingerprint()
+        self.classes, self.shape = source.classes, source.shape
+
+    def generate(self, labels: Sequence[int], indices: Sequence[int]) -> Tensor:
+        """[N, C, H, W] uint8."""
+        return self._job.source_of(self._client).generate(labels, indices)
+
+    def prompt(self, label: int) -> str:
+        """What the generator is asked for."""
+        return self._job.source_of(self._client).prompt(label)
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes held while images are made."""
+        return self._job.source_of(self._client).memory_bytes()
+
+    def fingerprint(self) -> str:
+        """Of what was tuned."""
+        return self._fingerprint
+
+
 class Images:
     """Synthetic images for clients, from pools on disk: one for each generator, and for each that a client tuned."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.shared = job, job.config.pool.sharing == "shared"
-        self._pools: dict[int, Pool] = {}  # by source
+        self._pools: dict[str, Pool] = {}  # by fingerprint
+        self._adapted: dict[int, Adapted] = {}
+        self._prints: dict[Generator | None, str] = {}
+        self.spent: dict[str, Spent] = {}
+        """What making images took, by the section of the generator: "generator", "unconstrained", ..."""
         self._most: dict[Generator | None, Tensor] = {}
 
     def __call__(self, client: int, counts: Tensor, first: int) -> Samples:
@@ -71,17 +100,27 @@ class Images:
 
     def of(self, client: int, tuned: bool = True) -> Pool:
         """The pool of this client's generator, tuned where it tunes and `tuned` is true."""
-        source = self.job.source_of(client) if tuned else self.job._load(self.job.generator_of(client))
-        if id(source) not in self._pools:
+        job = self.job
+        generator = job.generator_of(client)
+        source = job._load(generator)
+        # a slow generator's few images at a time are kept as they come: a killed run loses no more than those
+        batch = max(8, getattr(source, "batch", 256))
+        if tuned and job.adapts(client):
+            if client not in self._adapted:
+                self._adapted[client] = Adapted(job, client)
+            source = self._adapted[client]
+            fingerprint = source.fingerprint()
+        else:
+            fingerprint = self._prints.get(generator) or self._prints.setdefault(generator, source.fingerprint())
+        if fingerprint not in self._pools:
             # one folder for each generator, so that a folder of pools can be named for runs of many generators
-            folder = self.job.pools / source.fingerprint()[:16]
-            lanes = self.job.config.clients + 1  # one for the server
-            # a slow generator's few images at a time are kept as they come: a killed run loses no more than those
-            batch = max(8, getattr(source, "batch", 256))
-            self._pools[id(source)] = Pool(
-                source, folder, lanes, batch=batch, warn=self.job.tell, among=self.job.makers
+            folder = job.pools / fingerprint[:16]
+            lanes = job.config.clients + 1  # one for the server
+            spent = self.spent.setdefault(job.section_of(client), Spent())
+            self._pools[fingerprint] = Pool(
+                source, folder, lanes, batch, job.tell, among=job.makers, spent=spent, device=job.device
             )
-        return self._pools[id(source)]
+        return self._pools[fingerprint]
 
     def most(self, client: int) -> Tensor:
         """[C] most images of a class that any client with this one's generator needs; the server may need more."""
@@ -136,7 +175,8 @@ class Job:
         self.adapters: dict[int, dict[str, object]] = {}
         """What is on record about each client's own generator."""
         self._loaded: dict[Generator, Source] = {}
-        self._tuned: dict[int, Source] = {}
+        self._tuned: OrderedDict[int, Source] = OrderedDict()  # the one used last stands last
+        self._said: set[str] = set()
         self.store = ClientStore(None if folder is None else folder / "clients", budget)
         self.shelf = ClientStore(None if folder is None else folder / "shelf", budget)
         model = initial(config, self.data)
@@ -172,6 +212,19 @@ class Job:
                 yield f"{section}.name = {registry.name_of('algorithms', type(method))}: {why}"
         if config.algorithm.tunes and config.algorithm.kind == "personal" and config.personal.epochs == 0:
             yield "personal.epochs = 0: this switches the method off"
+        tuning = [k for k in range(self.clients) if self.adapts(k)]
+        if tuning and all(map(self._tunes_in_vain, tuning)):
+            yield (
+                "clients tune their generators, but only need images of classes that they have none of, and those are "
+                "made by the generator as it was: nothing of the tuning is seen; of bundled, generator.tune_missing = "
+                "'tuned' changes that"
+            )
+
+    def _tunes_in_vain(self, client: int) -> bool:
+        """Whether this client, which tunes, needs no image of a class for which its generator is tuned."""
+        fake = self.method.plan(self.counts[client], self.profiles[client]).fake
+        tunes_missing = getattr(self.generator_of(client), "tunes_missing", True)
+        return not tunes_missing and int(fake[self.counts[client] > 0].sum()) == 0
 
     def _partition(self, data: Dataset, folder: Path | None) -> Partition:
         config = self.config
@@ -239,6 +292,12 @@ class Job:
             return self.config.generator
         return self.config.generator_of(self.profiles[client])
 
+    def section_of(self, client: int) -> str:
+        """Where the generator of a client stands in the configuration: "generator", or the profile that has its own."""
+        own = {profile for profile, _ in self.config.generators.items()} if self.config.generators else set()
+        profile = self.profiles[client] if client < len(self.profiles) else ""
+        return profile if profile in own else "generator"
+
     def adapts(self, client: int) -> bool:
         """Whether this client tunes its generator on its own samples."""
         if client >= self.clients:
@@ -264,11 +323,9 @@ class Job:
         needed = [client for client, plan in enumerate(self.plans()) if int(plan.fake.sum())]
         if self.config.algorithm.generates:
             needed.append(self.config.clients)
-        own = {profile for profile, _ in self.config.generators.items()} if self.config.generators else set()
         out: dict[str, dict[str, object]] = {}
         for client in needed:
-            profile = self.profiles[client] if client < len(self.profiles) else ""
-            key, generator = profile if profile in own else "generator", self.generator_of(client)
+            key, generator = self.section_of(client), self.generator_of(client)
             if key not in out:
                 source = self._load(generator)
                 out[key] = {
@@ -277,6 +334,8 @@ class Job:
                     "prompts": [source.prompt(label) for label in range(len(self.data.classes))],
                     "memory_bytes": source.memory_bytes(),
                 }
+                if isinstance(source, Worded):
+                    out[key]["phrases"] = source.origin()
         return out
 
     @property
@@ -287,7 +346,9 @@ class Job:
     def source_of(self, client: int, progress: Tuning | None = None) -> Source:
         """The generator of a client, tuned on its samples where it tunes; what was tuned is kept beside the pools.
 
-        Raises ConfigError when there is none, or none that can be tuned.
+        As many tuned ones as fit into `memory` stay in memory, at least one; others are made again from what was kept.
+
+        Raises ConfigError when there is none, or none that can be tuned; PoolError when what was kept is gone.
         """
         generator = self.generator_of(client)
         base = self._load(generator)
@@ -295,7 +356,18 @@ class Job:
             return base
         if client not in self._tuned:
             assert generator is not None
-            self._tuned[client] = self._tune(client, generator, base, progress)
+            first = self.adapters.get(client)
+            tuned = self._tune(client, generator, base, progress)
+            if first is not None:  # made again from what it kept: what is on record is how it was tuned
+                self.adapters[client] = first
+                if tuned.fingerprint() != first["fingerprint"]:
+                    changed = f"what client {client} tuned was removed or changed in {self.pools / 'adapters'}"
+                    raise PoolError(f"{changed} while the run went on: resume it")
+            self._tuned[client] = tuned
+        self._tuned.move_to_end(client)
+        held = sum(sum(source.memory_bytes().values()) for source in self._tuned.values())
+        while held > self.config.memory * 2**30 and len(self._tuned) > 1:
+            held -= sum(self._tuned.popitem(last=False)[1].memory_bytes().values())
         return self._tuned[client]
 
     def _load(self, generator: Generator | None) -> Source:
@@ -305,7 +377,8 @@ class Job:
             )
         if generator not in self._loaded:
             data = self.data
-            source = generator.load(data.classes, data.shape, self.device, data.public)
+            with heard(self.tell, self._said):
+                source = generator.load(data.classes, data.shape, self.device, data.public)
             self._warn_of_leaks(source)
             self._loaded[generator] = source
         return self._loaded[generator]
@@ -331,9 +404,7 @@ class Job:
                 key, True, f"generator {name!r} does not learn; bundled, gaussian and stable-diffusion do"
             )
         samples, seed = self.samples(client), stream_seed(self.config.seed, "tune", client)
-        options = json.dumps(plain(generator), sort_keys=True)
-        content = (part.contiguous().numpy().tobytes() for part in (samples.x, samples.y))
-        keep = self.pools / "adapters" / digest(base.fingerprint(), name, options, *content, seed)[:32]
+        keep = self.pools / "adapters" / base.recipe(samples, seed)[:32]
         began = time.perf_counter()
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -341,17 +412,19 @@ class Job:
                 samples,
                 seed,
                 keep,
-                self.config.pool.tuning_budget,
+                self.config.tuning_budget_of(self.profiles[client]),
                 None if progress is None else partial(progress, client),
             )
-        for warning in said:
-            self.warn(f"generator of client {client}: {warning.message}")
+        for text in dict.fromkeys(f"generator of client {client}: {each.message}" for each in said):
+            if text not in self._said:  # one that is made again from what it kept says it again
+                self._said.add(text)
+                self.warn(text)
         self.adapters[client] = {
             "client": client,
             "generator": name,
             "images": len(samples),
             "fingerprint": tuned.fingerprint(),
-            "seconds": round(time.perf_counter() - began, 3),
+            **(spent(keep) or {"seconds": round(time.perf_counter() - began, 3)}),
         }
         return tuned
 
@@ -423,6 +496,16 @@ class Job:
         """`global/...` metrics of the server's model."""
         self.worker.load(server)
         return {f"global/{name}": value for name, value in self.measure(self.worker.model).items()}
+
+
+def spent(keep: Path) -> dict[str, object]:
+    """Steps done and wanted, and the seconds they took, of the adapter kept there; empty where none is."""
+    path = keep.with_name(f"{keep.name}.safetensors")
+    if not path.is_file():
+        return {}
+    with safe_open(path, framework="pt") as file:
+        note = dict(file.metadata() or {})
+    return {"steps": int(note["steps"]), "of": int(note["of"]), "seconds": round(float(note["seconds"]), 3)}
 
 
 def _from(progress: Progress, before: int, total: int, done: int, _: int) -> None:

@@ -35,6 +35,9 @@ from fedkeel.weights import Layout, Statistics
 
 HEADLINE = 10
 """The headline of a run is the mean over this many last evaluations."""
+NEEDED = ("fedkeel", "torch", "numpy", "safetensors")
+EXTRAS = ("diffusers", "transformers", "peft", "accelerate", "sdnq", "bitsandbytes")
+"""Whose versions a run's manifest has; those of extras as far as they are installed."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ def _rounds(job: Job, folder: Path | None, listener: Listener, label: str, resum
     job.warn = listener.warned
     accepted: dict[int, int] = {}
     records: list[dict[str, Any]] = []
+    spent: dict[str, Any] = {}
     log = checkpoints = None
     label = label or name(config)
     if folder is not None:
@@ -105,6 +109,7 @@ def _rounds(job: Job, folder: Path | None, listener: Listener, label: str, resum
                 listener.warned(text)
         records = log.rewind(server.round)
         describe(job, folder, label, resume)
+        spent = _table(folder / "generators.json") if resume else {}
     for text in job.idle():
         listener.warned(text)
     runtime: Runtime = engine.start(job)
@@ -113,7 +118,11 @@ def _rounds(job: Job, folder: Path | None, listener: Listener, label: str, resum
         seconds = 0.0
         if server.round < config.rounds:
             began = time.perf_counter()
-            if job.generate(listener.generating, listener.tuning) and folder is not None:
+            try:
+                count = job.generate(listener.generating, listener.tuning)
+            finally:
+                _note_spent(job, folder, spent)
+            if count and folder is not None:
                 write_sheet(job, folder / "contact.safetensors")
                 if job.adapters:
                     write_json(folder / "adapters.json", list(job.adapters.values()))
@@ -132,6 +141,7 @@ def _rounds(job: Job, folder: Path | None, listener: Listener, label: str, resum
                 log.append(record)
                 if server.round % config.checkpoint_every == 0 or server.round == config.rounds:
                     checkpoints.save(server, accepted)
+                    _note_spent(job, folder, spent)
             listener.finished_round(record)
     finally:
         listener.ended()
@@ -344,11 +354,8 @@ def describe(job: Job, folder: Path, label: str, resume: bool = False) -> None:
 
     resume: the manifest keeps the time when the run began and adds this one to those when it was resumed.
     """
-    from importlib.metadata import version
-
     config, plans = job.config, job.plans()
     earlier, now = _manifest(folder) if resume else {}, datetime.now(UTC).isoformat(timespec="seconds")
-    packages = ("fedkeel", "torch", "numpy", "safetensors")
     manifest = {
         "label": label,
         "algorithm": registry.name_of("algorithms", type(config.algorithm)),
@@ -359,7 +366,7 @@ def describe(job: Job, folder: Path, label: str, resume: bool = False) -> None:
         "generator": None,
         "profiles": job.profiles,
         "config": config.key(),
-        "versions": {package: version(package) for package in packages},
+        "versions": _versions(),
         "commit": commit(),
         "hardware": {
             "device": str(job.device),
@@ -387,6 +394,28 @@ def describe(job: Job, folder: Path, label: str, resume: bool = False) -> None:
         {"real": [plan.real.tolist() for plan in plans], "fake": [plan.fake.tolist() for plan in plans]},
     )
     write(folder / "config.toml", config.toml().encode())
+
+
+def _versions() -> dict[str, str]:
+    """Of what numbers and images depend on, as far as it is installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in NEEDED + EXTRAS:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _note_spent(job: Job, folder: Path | None, earlier: Mapping[str, Any]) -> None:
+    """Writes generators.json: what making images took, by the section of the generator, `earlier` processes added."""
+    if folder is None or not job.images.spent:
+        return
+    whose = "tensors on the GPU while images were made" if job.device.type == "cuda" else "the process since its start"
+    now = {key: each.after(earlier.get(key, {})).as_json() for key, each in job.images.spent.items()}
+    noted = {key: {**each, "peak_memory_of": whose} for key, each in now.items()}
+    with suppress(StorageError):  # no reason to end a run; a full disk is noticed elsewhere
+        write_json(folder / "generators.json", {**earlier, **noted})
 
 
 def name(config: Config) -> str:
@@ -426,8 +455,13 @@ def processor() -> str:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a run that has begun, {} where it cannot be read."""
+    return _table(folder / "manifest.json")
+
+
+def _table(path: Path) -> dict[str, Any]:
+    """A JSON object, {} where it cannot be read."""
     try:
-        table = json.loads((folder / "manifest.json").read_bytes())
+        table = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return table if isinstance(table, dict) else {}

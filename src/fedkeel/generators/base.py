@@ -56,12 +56,18 @@ class Tunable(Protocol):
 
         keep: a path without suffix. When finished, what was learned lies in `<keep>.safetensors`, which is read instead
         of learning it again; `<keep>.part.safetensors` is there while the tuning is under way, for a killed one to go
-        on from. Without it nothing is kept. budget: seconds this may take; what is learned by then is kept, with a
-        warning. progress: called with steps done and steps in all.
+        on from. Without it nothing is kept. budget: seconds this may take, those before a kill counted; what is learned
+        by then is kept and used, with a warning each time, and gone on from when the budget is longer than it took. The
+        file's metadata say so: "steps" (done), "of" (wanted), "seconds". progress: called with steps done and in all.
 
         The fingerprint is that of the generator and of what was learned; with a scale of 0 the images are the untuned
         ones. Raises PoolError when `keep` holds something else or nothing was learned, StorageError for a full disk.
         """
+        ...
+
+    def recipe(self, samples: Samples, seed: int) -> str:
+        """SHA-256 hex over what decides the result of a tuning with all its steps, and nothing else: weights, images,
+        seed, how it is tuned; not how images are made of it. Two tunings with one recipe may share `keep`."""
         ...
 
 
@@ -72,8 +78,20 @@ class Remembers(Protocol):
     trained_on: Tensor | None
 
 
+@runtime_checkable
+class Worded(Protocol):
+    """A source whose prompts have phrases in them."""
+
+    def origin(self) -> dict[str, str]:
+        """Where the phrases come from: "table", "source" and "departure", as `prompts.origin` gives them."""
+        ...
+
+
 class Generator(Protocol):
-    """The options of a generator: a registered frozen dataclass (room "generators")."""
+    """The options of a generator: a registered frozen dataclass (room "generators").
+
+    One whose tuning leaves classes that the client has no image of as they are says so by `tunes_missing = False`.
+    """
 
     def load(
         self,

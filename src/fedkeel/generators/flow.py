@@ -212,9 +212,7 @@ class FlowSource:
             {number: plain_name(self.config.classes[number]) for number in self._ids},
             self.tuning,
             seed,
-            recipe=digest(
-                "tuned flow", self.weights, self.steps, repr(replace(self.tuning, scale=1.0, serve=1, missing="tuned"))
-            ),
+            recipe=self.recipe(samples, seed),
             keep=keep,
             budget=budget,
             progress=progress,
@@ -226,6 +224,12 @@ class FlowSource:
         tuned = FlowSource(net, self.config, weights, self.classes, self.seed, steps, self.tuning, self.trained_on)
         owned = frozenset(samples.y.tolist())
         return tuned if scale == 0 or self.tuning.missing == "tuned" else TunedFlow(tuned, self, owned)
+
+    def recipe(self, samples: Samples, seed: int) -> str:
+        """See `Tunable`. The steps and the classes are those of replay."""
+        how = repr(replace(self.tuning, scale=1.0, serve=1, missing="tuned"))
+        images = (part.contiguous().numpy().tobytes() for part in (samples.x, samples.y))
+        return digest("tuned flow", self.weights, self.steps, *self._names, how, *images, seed)
 
     @torch.inference_mode()
     def _made(self, z: Tensor, ids: Tensor) -> Tensor:
@@ -346,6 +350,11 @@ class Bundled:
         raise PoolError(
             f"generator 'bundled' cannot make {h}x{w}x{c} images of {', '.join(classes)}; it has {'; '.join(known)}"
         )
+
+    @property
+    def tunes_missing(self) -> bool:
+        """Whether classes that the client has no image of are tuned too."""
+        return self.tune_missing == "tuned"
 
     @property
     def tuning(self) -> Tuning:

@@ -38,7 +38,6 @@ from torch.func import functional_call
 
 from fedkeel.errors import PoolError
 from fedkeel.files import write
-from fedkeel.generators.names import digest
 from fedkeel.rng import stream_seed
 
 EVERY = 20
@@ -84,22 +83,26 @@ def tune(
     """The adapter of `net` for real images [N, C, H, W] in [-1, 1] of class numbers labels [N].
 
     make: images of the flow as it is. classes: names by number, of all classes that must not be forgotten. recipe: what
-    decides the result beside images and seed, to know one's own files by. keep, budget, progress: see `Tunable`.
+    decides the result, to know one's own files by. keep, budget, progress: see `Tunable`.
     """
     if len(images) == 0:
         raise PoolError("there are no images to tune on")
     began, device = time.perf_counter(), images.device
-    recipe = digest(recipe, images.cpu().numpy().tobytes(), labels.cpu().numpy().tobytes(), seed)
-    done = None if keep is None else _read(keep.with_name(f"{keep.name}.safetensors"), recipe)
+    done = None if keep is None else finished(keep.with_name(f"{keep.name}.safetensors"), recipe, budget)
     if done is not None:
         return {name: tensor.to(device) for name, tensor in done[0].items()}
     base = {name: value.detach() for name, value in net.state_dict().items()}
     adapter = fresh(net, tuning, seed)
     optimizer = torch.optim.Adam(adapter.values(), lr=tuning.lr, betas=(0.9, 0.99))
     part = None if keep is None else keep.with_name(f"{keep.name}.part.safetensors")
-    under_way = None if part is None else _read(part, recipe)
+    under_way = None if part is None else read(part, recipe)
     step, spent = (0, 0.0) if under_way is None else _go_on(*under_way, adapter, optimizer)
     own = len(images)
+
+    def note() -> dict[str, str]:
+        seconds = spent + time.perf_counter() - began
+        return {"recipe": recipe, "steps": str(step), "of": str(tuning.steps), "seconds": str(seconds)}
+
     images, labels = with_replay(make, images, labels, classes, tuning.replay, seed)
     while step < tuning.steps and (budget is None or spent + time.perf_counter() - began < budget):
         optimizer.param_groups[0]["lr"] = (
@@ -117,18 +120,20 @@ def tune(
         optimizer.step()
         step += 1
         if part is not None and step % EVERY == 0 and step < tuning.steps:
-            state = {"step": str(step), "seconds": str(spent + time.perf_counter() - began), "recipe": recipe}
-            write(part, save(_state(adapter, optimizer), state))
+            write(part, save(_state(adapter, optimizer), note()))
         if progress is not None:
             progress(step, tuning.steps)
     if step < tuning.steps:
-        warnings.warn(f"tuning stopped after {step} of {tuning.steps} steps: its {budget:g} s are over", stacklevel=2)
+        warnings.warn(stopped(step, tuning.steps, budget), stacklevel=2)
     out = {name: tensor.detach().half() for name, tensor in adapter.items()}
     if not all(bool(tensor.isfinite().all()) for tensor in out.values()):
         raise PoolError(f"tuning came to numbers that are not finite; lower generator.tune_lr = {tuning.lr:g}")
     if keep is not None and part is not None:
-        write(keep.with_name(f"{keep.name}.safetensors"), save(_plain(out), {"recipe": recipe, "steps": str(step)}))
-        part.unlink(missing_ok=True)
+        if step < tuning.steps:  # to go on from when there is more time
+            write(part, save(_state(adapter, optimizer), note()))
+        write(keep.with_name(f"{keep.name}.safetensors"), save(_plain(out), note()))
+        if step == tuning.steps:
+            part.unlink(missing_ok=True)
     return out
 
 
@@ -201,6 +206,7 @@ def _state(adapter: Adapter, optimizer: torch.optim.Optimizer) -> dict[str, Tens
         f"{kind} {name}": optimizer.state[value][kind]
         for name, value in adapter.items()
         for kind in ("exp_avg", "exp_avg_sq", "step")
+        if kind in optimizer.state[value]  # before the first step there are none
     }
     return _plain({**adapter, **moments})
 
@@ -211,15 +217,35 @@ def _go_on(
     """Puts a saved state in place; how many steps are done and how many seconds they took."""
     for name, value in adapter.items():
         value.data.copy_(state[name])
-        moments = {kind: state[f"{kind} {name}"] for kind in ("exp_avg", "exp_avg_sq", "step")}
-        optimizer.state[value] = {kind: m if kind == "step" else m.to(value) for kind, m in moments.items()}
-    return int(note["step"]), float(note["seconds"])
+        if f"step {name}" in state:
+            moments = {kind: state[f"{kind} {name}"] for kind in ("exp_avg", "exp_avg_sq", "step")}
+            optimizer.state[value] = {kind: m if kind == "step" else m.to(value) for kind, m in moments.items()}
+    return int(note["steps"]), float(note["seconds"])
 
 
-def _read(path: Path, recipe: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+def stopped(steps: int, of: int, budget: float | None) -> str:
+    """What is said of a tuning that was not finished."""
+    nothing = "" if steps else "; nothing was learned"
+    return f"tuning stopped after {steps} of {of} steps: its {budget:g} s are over{nothing}"
+
+
+def finished(path: Path, recipe: str, budget: float | None) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """As `read`, but None also for a tuning that was stopped when there is more time now than it took."""
+    found = read(path, recipe)
+    if found is None:
+        return None
+    steps, of = int(found[1]["steps"]), int(found[1]["of"])
+    if steps < of:
+        if budget is None or budget > float(found[1]["seconds"]):
+            return None
+        warnings.warn(stopped(steps, of, budget), stacklevel=3)
+    return found
+
+
+def read(path: Path, recipe: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
     """Tensors and note of a file; None when there is none, or a damaged one, which is said and made again.
 
-    Raises PoolError for what another generator or client has left there.
+    Raises PoolError for what another generator, client or set of options has left there.
     """
     if not path.is_file():
         return None

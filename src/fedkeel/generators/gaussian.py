@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -128,6 +129,11 @@ class GaussianSource:
                 progress(done, len(owned))
         return GaussianSource(Fitted(self.classes, self.shape, mean, basis), self.classes, self.seed)
 
+    def recipe(self, samples: Samples, seed: int) -> str:
+        """See `Tunable`."""
+        images = (part.contiguous().numpy().tobytes() for part in (samples.x, samples.y))
+        return digest("tuned gaussian", self.fingerprint(), self.prior, *images)
+
     def prompt(self, label: int) -> str:
         """It takes only the class number."""
         return ""
@@ -147,6 +153,7 @@ class GaussianSource:
 class Gaussian:
     """One Gaussian per class over the pixels of public images: the control that any generator has to beat."""
 
+    tunes_missing: ClassVar[bool] = False
     seed: int = option(0, "another seed, other images", ge=0)
     path: str = option(
         "", "a file saved by fedkeel.generators.gaussian; empty = one from the package, else fitted to public images"

@@ -20,7 +20,7 @@ HUB_SECONDS = 10.0
 """How long the hub may take to say that a repository is there."""
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """How each library names the weights file of a model."""
-SETTINGS = ("*.json", "*.txt")
+SETTINGS = ("*.json", "*.txt", "*.model")
 """Configurations and tokenizers in a repository."""
 
 
@@ -92,6 +92,16 @@ def missing_model(folder: Path) -> list[str]:
     return [path.name for path in wanted if not path.is_file()]
 
 
+def missing_tokenizer(folder: Path) -> list[str]:
+    """What a folder lacks to be a tokenizer: its configuration, which says how long a text may be, and its words
+    (tokenizer.json, vocab.json with merges.txt, vocab.txt, or a sentencepiece *.model)."""
+    lacking = [] if (folder / "tokenizer_config.json").is_file() else ["tokenizer_config.json"]
+    if (folder / "tokenizer.json").is_file() or (folder / "vocab.txt").is_file() or any(folder.glob("*.model")):
+        return lacking
+    pair = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+    return lacking + (["tokenizer.json"] if len(pair) == 2 else pair)
+
+
 def check_weights(files: Iterable[Path]) -> None:
     """Raises DataError for a file that is truncated or no safetensors file; reads the headers only."""
     from safetensors import SafetensorError, safe_open
@@ -117,7 +127,10 @@ def content_hash(files: Iterable[Path], root: Path) -> str:
 
 def _file_hash(path: Path) -> str:
     if path.suffix == ".json":
-        content = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:  # whoever loads it says what is wrong with it
+            content = path.read_bytes().hex()
         if isinstance(content, dict):
             content = {key: value for key, value in content.items() if not key.startswith("_") or key == "_class_name"}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

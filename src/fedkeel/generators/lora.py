@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,17 +38,17 @@ from fedkeel.errors import PoolError
 from fedkeel.files import write
 from fedkeel.generators import hub, pipelines
 from fedkeel.generators.condition import (
-    Captioner,
     Condition,
-    Encoder,
     caption_mark,
     captions,
     class_means,
+    content,
     find,
     phrase,
     rgb,
 )
 from fedkeel.generators.diffusion import DiffusionSource, StableDiffusion
+from fedkeel.generators.flow_tuning import finished, read, stopped
 from fedkeel.generators.names import digest
 from fedkeel.records import Samples
 from fedkeel.rng import Streams, isolated, stream_seed
@@ -99,10 +98,21 @@ class TunedSource(DiffusionSource):
     """A pipeline with one client's adapter, a `Source`; it shares the pipeline with the source it was tuned from."""
 
     def __init__(self, base: DiffusionSource, adapter: Adapter) -> None:
+        self.base, at_once = base, base.batch
         super().__init__(base.options, base.pipe, base.weights, base.classes, base.shape)
-        self.base, self.adapter, self._texts = base, adapter, base._texts
+        self.adapter, self._texts, self.batch = adapter, base._texts, at_once
+        self.describers = base.describers
         self.tuned = base.options.lora_scale > 0 and len(adapter.losses) > 0
         """Whether the adapter changes anything."""
+
+    @property
+    def batch(self) -> int:
+        """Images per pass: what memory has room for is the same for all that share the pipeline."""
+        return self.base.batch
+
+    @batch.setter
+    def batch(self, value: int) -> None:
+        self.base.batch = value
 
     def generate(self, labels: Sequence[int], indices: Sequence[int]) -> Tensor:
         """[N, C, H, W] uint8 on the CPU; see DiffusionSource."""
@@ -160,13 +170,13 @@ def tune(
         raise PoolError("there are no images to tune the generator on")
     hub.need("peft", what="tuning a client's generator")
     began = time.perf_counter()
-    recipe = _recipe(source, samples, seed)
+    recipe = source.recipe(samples, seed)
     if keep is not None:
-        done = _read(keep.with_name(f"{keep.name}.safetensors"), recipe)
+        done = finished(keep.with_name(f"{keep.name}.safetensors"), recipe, budget)
         if done is not None:
             return TunedSource(source, _adapter(*done))
     part = None if keep is None else keep.with_name(f"{keep.name}.part.safetensors")
-    under_way = None if part is None else _read(part, recipe)
+    under_way = None if part is None else read(part, recipe)
     o = source.options
     if not o.captioner and not (o.image_encoder and o.fuse == "token"):
         warnings.warn(
@@ -176,11 +186,13 @@ def tune(
         )
     tuning = Tuning(source, samples, seed, under_way)
     with differentiable(source.pipe.unet):
-        adapter = tuning.run(began, budget, progress, part, recipe)
+        adapter, seconds = tuning.run(began, budget, progress, part, recipe)
     if keep is not None and part is not None:
         tensors, note = _stored(adapter)
-        write(keep.with_name(f"{keep.name}.safetensors"), save(tensors, {"recipe": recipe, **note}))
-        part.unlink(missing_ok=True)
+        note |= {"recipe": recipe, "of": str(o.lora_steps), "seconds": str(seconds)}
+        write(keep.with_name(f"{keep.name}.safetensors"), save(tensors, note))
+        if adapter.stopped == "steps":
+            part.unlink(missing_ok=True)
     return TunedSource(source, adapter)
 
 
@@ -203,7 +215,7 @@ class Tuning:
             order.append(torch.randperm(len(samples), generator=self.streams("tune-order", epoch)))
         rows, self.order = torch.unique(torch.cat(order)[:wanted], return_inverse=True)
         self.labels = samples.y[rows].tolist()
-        self.schedule = Schedule.of(pipe.scheduler)
+        self.schedule = Schedule.of(source.scheduler)
         if under_way is None:
             self.captions, means = describe(source, samples, samples.x[rows], self.streams)
         else:
@@ -220,8 +232,8 @@ class Tuning:
 
     def run(
         self, began: float, budget: float | None, progress: Progress | None, part: Path | None, recipe: str
-    ) -> Adapter:
-        """Trains until all steps are done or the time is over."""
+    ) -> tuple[Adapter, float]:
+        """Trains until all steps are done or the time is over, and says how many seconds it took in all."""
         o = self.options
         with attached(self.unet, o.lora_rank, o.lora_alpha) as places:
             trained = self._fresh(places)
@@ -234,13 +246,12 @@ class Tuning:
                 if part is not None and len(losses) % EVERY == 0 and len(losses) < o.lora_steps:
                     seconds = spent + time.perf_counter() - began
                     self._save(part, recipe, seconds, self._adapter(trained, losses), trained, optimizer)
+            adapter, seconds = self._adapter(trained, losses), spent + time.perf_counter() - began
             if len(losses) < o.lora_steps:
-                warnings.warn(
-                    f"tuning stopped after {len(losses)} of {o.lora_steps} steps: its {budget:g} s are over"
-                    + ("" if losses else "; nothing was learned, its images are the untuned ones"),
-                    stacklevel=4,
-                )
-            return self._adapter(trained, losses)
+                warnings.warn(stopped(len(losses), o.lora_steps, budget), stacklevel=4)
+                if part is not None:  # to go on from when there is more time
+                    self._save(part, recipe, seconds, adapter, trained, optimizer)
+            return adapter, seconds
 
     def _fresh(self, places: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """What is trained, before the first step: adapters that change nothing, a projection at random."""
@@ -358,7 +369,8 @@ class Tuning:
                     tensors[f"{kind} {name}"] = optimizer.state[parameter][kind].cpu().contiguous()
             if "step" in optimizer.state[parameter]:
                 tensors[f"step {name}"] = optimizer.state[parameter]["step"].cpu()
-        note |= {"recipe": recipe, "seconds": str(seconds), "image captions": json.dumps(self.captions)}
+        note |= {"recipe": recipe, "of": str(self.options.lora_steps), "seconds": str(seconds)}
+        note["image captions"] = json.dumps(self.captions)
         write(path, save(tensors, note))
 
     def _go_on(
@@ -492,16 +504,19 @@ def describe(
 ) -> tuple[list[str], Tensor | None]:
     """A caption for each of the images `seen`, and the visual mean of each class ([C, E], None without an encoder).
 
-    Captioner and encoder are loaded one after the other, and only when needed; both are gone afterwards.
+    Captioner and encoder are loaded only when needed and take turns; afterwards they wait for the next client
+    (condition.Describers). Raises PoolError when memory does not suffice.
     """
-    o, device = source.options, source.device
+    o, device, held = source.options, source.device, source.describers
     said, means = [""] * len(seen), None
     if o.captioner:
         folder = find(o.captioner, o.download, "generator.captioner")
-        said = captions(seen, caption_mark(folder, device), lambda: Captioner(folder, device))
+        said = captions(seen, caption_mark(folder, device), lambda: held.captioner(folder, device))
+        held.rest()
     if o.image_encoder and o.fuse == "token":
-        encoder = Encoder(find(o.image_encoder, o.download, "generator.image_encoder"), device)
+        encoder = held.encoder(find(o.image_encoder, o.download, "generator.image_encoder"), device)
         means = class_means(encoder, samples, source.classes, SEEN, streams)
+        held.rest()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return said, means
@@ -510,13 +525,22 @@ def describe(
 @torch.no_grad()
 def encoded(source: DiffusionSource, x: Tensor) -> tuple[Tensor, Tensor]:
     """[N, 4, h, w] twice: mean and standard deviation of the autoencoder's latents of uint8 images [N, C, H, W], in
-    float16 on the CPU (64 KiB for an image of 512 pixels). Raises PoolError when they are not finite."""
+    float16 on the CPU (64 KiB for an image of 512 pixels). Raises PoolError when they are not finite, and when memory
+    does not suffice for one image."""
     vae, side, parts = source.pipe.vae, resolution(source.options), []
     for start in range(len(x)):  # one at a time: at 512 pixels this is where memory peaks
         image = rgb(x[start : start + 1]).float()
         if image.shape[-1] != side or image.shape[-2] != side:
             image = F.interpolate(image, size=(side, side), mode="bicubic", antialias=True)
-        latent = vae.encode((image.clamp(0, 255) / 127.5 - 1).to(source.device, vae.dtype)).latent_dist
+        try:
+            latent = vae.encode((image.clamp(0, 255) / 127.5 - 1).to(source.device, vae.dtype)).latent_dist
+        except (RuntimeError, MemoryError) as error:
+            if not pipelines.is_memory(error):
+                raise
+            raise PoolError(
+                f"the autoencoder cannot read one image of {side}x{side} in this memory: lower "
+                f"generator.lora_resolution, or take fewer bits (generator.precision)"
+            ) from error
         parts.append(torch.cat([latent.mean, latent.std]).half().cpu())
     both = torch.stack(parts)
     if not both.isfinite().all():
@@ -531,14 +555,23 @@ def resolution(options: StableDiffusion) -> int:
     return options.lora_resolution or options.resolution
 
 
-def _recipe(source: DiffusionSource, samples: Samples, seed: int) -> str:
-    """What decides an adapter; how images are made of it (steps, guidance, scale, policies) is left out."""
+def recipe(source: DiffusionSource, samples: Samples, seed: int) -> str:
+    """What decides an adapter; how images are made of it (steps, guidance, scale, policies) is left out.
+
+    Captioner and encoder count by the content of their files, which must therefore be there.
+    """
     o = source.options
     options = (o.precision, o.lora_rank, o.lora_alpha, o.lora_lr, o.lora_steps, o.lora_batch, resolution(o))
-    condition = (o.condition_dropout, o.captioner, o.image_encoder, o.fuse)
+    captioner = content(find(o.captioner, o.download, "generator.captioner")) if o.captioner else ""
+    sees = o.image_encoder and o.fuse == "token"
+    encoder = content(find(o.image_encoder, o.download, "generator.image_encoder")) if sees else ""
     prompts = [source.prompt(label) for label in range(len(source.classes))]
-    images = (samples.x.contiguous().numpy().tobytes(), samples.y.numpy().tobytes())
-    return digest("lora", source.weights, *map(str, options), *map(str, condition), *prompts, *images, seed)
+    images = (samples.x.contiguous().numpy().tobytes(), samples.y.contiguous().numpy().tobytes())
+    condition = (str(o.condition_dropout), captioner, encoder)
+    schedule = Schedule.of(source.pipe.scheduler)
+    noise = [x.numpy().tobytes() for x in (schedule.signal, schedule.noise, schedule.times)]
+    how: list[str | bytes] = [*map(str, options), *condition, schedule.prediction, *noise]
+    return digest("lora", source.weights, *how, *prompts, *images, seed)
 
 
 def _means(condition: Condition) -> dict[str, Tensor]:
@@ -551,6 +584,7 @@ def _stored(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         "rank": str(adapter.rank),
         "alpha": str(adapter.alpha),
         "stopped": adapter.stopped,
+        "steps": str(len(adapter.losses)),
         "captions": json.dumps(adapter.condition.captions),
     }
     return {**adapter.tensors, **_means(adapter.condition), "losses": adapter.losses}, note
@@ -561,22 +595,3 @@ def _adapter(tensors: dict[str, Tensor], note: Mapping[str, str]) -> Adapter:
     condition = Condition(tuple(map(tuple, json.loads(note["captions"]))), tensors.pop("means", None))
     losses = tensors.pop("losses")
     return Adapter(tensors, condition, losses, int(note["rank"]), float(note["alpha"]), note["stopped"])
-
-
-def _read(path: Path, recipe: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """Tensors and notes of a file; None when there is none, or a damaged one, which is said and made again.
-
-    Raises PoolError for what another generator, client or set of options has left there.
-    """
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            note = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-    except (OSError, SafetensorError, RuntimeError) as error:
-        warnings.warn(f"{path} is damaged ({error}): the tuning begins again", stacklevel=3)
-        return None
-    if note.get("recipe") != recipe:
-        raise PoolError(f"{path} was tuned from another generator, with other options or images: remove it")
-    return tensors, note

@@ -10,16 +10,18 @@ import inspect
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from fedkeel.errors import ConfigError, DataError, PoolError
-from fedkeel.generators.hub import check_weights, content_hash, need, quiet, weight_files
+from fedkeel.generators.hub import check_weights, content_hash, missing_tokenizer, need, quiet, weight_files
 from fedkeel.rng import isolated
 
 Precision = Literal["fp32", "bf16", "fp16", "uint4", "nf4"]
@@ -45,8 +47,10 @@ def components(folder: Path) -> dict[str, tuple[str, str]]:
     index = read_index(folder)
     found = {}
     for name, entry in index.items():
-        if name.startswith("_") or name in LEFT_OUT or not isinstance(entry, list) or entry[0] is None:
+        if name.startswith("_") or name in LEFT_OUT or not isinstance(entry, list) or entry == [None, None]:
             continue
+        if len(entry) != 2 or not all(isinstance(word, str) for word in entry):
+            raise DataError(f"{folder / 'model_index.json'}: {name} = {json.dumps(entry)} must be [library, class]")
         library, cls = entry
         if library not in ("diffusers", "transformers"):
             raise DataError(f"{folder / 'model_index.json'}: {name} is code of its own ({library}), which is not run")
@@ -76,6 +80,8 @@ def missing_files(folder: Path, variant: str = "") -> list[str]:
             wanted += [folder / name / "config.json", *weight_files(folder / name, library, variant)]
         elif cls.endswith("Scheduler"):
             wanted.append(folder / name / "scheduler_config.json")
+        elif "Tokenizer" in cls:
+            wanted += [folder / name / lacking for lacking in missing_tokenizer(folder / name)]
         elif not any((folder / name).glob("*")):
             wanted.append(folder / name)
     return [path.relative_to(folder).as_posix() for path in wanted if not path.exists()]
@@ -95,6 +101,34 @@ def pipeline_hash(folder: Path, variant: str = "") -> str:
         else:
             files += [path for path in (folder / name).iterdir() if path.suffix in (".json", ".txt", ".model")]
     return content_hash(files, folder)
+
+
+_loaded: WeakValueDictionary[tuple[str, str, str], Any] = WeakValueDictionary()
+
+
+def shared_pipeline(folder: Path, precision: Precision, device: torch.device, variant: str = "") -> tuple[Any, str]:
+    """The pipeline, and the SHA-256 of its files; raises as `load_pipeline` does.
+
+    Whoever asks for the same content, precision and device while another still holds it gets that one, so that profiles
+    of a run that differ in steps alone have one network in memory. Its scheduler is as the files say: see `scheduled`.
+    """
+    weights = pipeline_hash(folder, variant)
+    key = (weights, precision, str(device))
+    pipe = _loaded.get(key)
+    if pipe is None:
+        pipe = _loaded[key] = load_pipeline(folder, precision, device, variant)
+    return pipe, weights
+
+
+@contextmanager
+def scheduled(pipe: Any, scheduler: Any) -> Iterator[None]:
+    """The pipeline with another scheduler, and then with its own again."""
+    own = pipe.scheduler
+    pipe.scheduler = scheduler
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
 
 
 def load_pipeline(folder: Path, precision: Precision, device: torch.device, variant: str = "") -> Any:

@@ -138,14 +138,9 @@ def prompt(template: str, phrase: str) -> str:
     return before + phrase + after
 
 
-def published(classes: Sequence[str], template: str = "regl", table: str = "auto") -> dict[str, str]:
-    """The prompt of each class, as a run writes it into its manifest. Raises as `phrases` and `prompt` do."""
-    return {name: prompt(template, phrase) for name, phrase in zip(classes, phrases(classes, table), strict=True)}
-
-
 def origin(classes: Sequence[str], table: str = "auto") -> dict[str, str]:
     """Where these classes' phrases come from: the table's name ("" for cleaned class names), its source, and in what
-    they depart from the papers ("" where they do not). Written beside the prompts."""
+    they depart from the papers ("" where they do not). A run's manifest has it beside the prompts."""
     chosen = _choose(classes, table)
     if chosen is None:
         return {"table": "", "source": "the class names themselves", "departure": ""}

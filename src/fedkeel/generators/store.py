@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,10 +43,72 @@ def default_dir(source: Source) -> Path:
     return cache() / "pools" / source.fingerprint()[:16]
 
 
+@dataclass
+class Spent:
+    """What making images took: those that were there already took nothing. seconds: wall time; cpu_seconds: of all
+    cores; peak: bytes, on CUDA of the tensors while images were made, elsewhere the most that the whole process has
+    held since its start, None before any was made."""
+
+    images: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    peak: int | None = None
+
+    @contextmanager
+    def counted(self, images: int, device: torch.device) -> Iterator[None]:
+        """What is done inside makes so many images on this device."""
+        from fedkeel.generators.cost import most
+
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.seconds += time.perf_counter() - wall
+        self.cpu_seconds += time.process_time() - cpu
+        self.images += images
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else most()
+        self.peak = max(peak, self.peak or 0)
+
+    def after(self, earlier: Mapping[str, Any]) -> Spent:
+        """This and what `as_json` once gave, summed; of the peaks the higher."""
+        return Spent(
+            self.images + int(earlier.get("images") or 0),
+            self.seconds + float(earlier.get("seconds") or 0),
+            self.cpu_seconds + float(earlier.get("cpu_seconds") or 0),
+            max((each for each in (self.peak, earlier.get("peak_memory_bytes")) if each is not None), default=None),
+        )
+
+    def as_json(self) -> dict[str, object]:
+        """Plain values; None for what is not known."""
+        return {
+            "images": self.images,
+            "seconds": round(self.seconds, 4),
+            "cpu_seconds": round(self.cpu_seconds, 4),
+            "seconds_per_image": round(self.seconds / self.images, 6) if self.images else None,
+            "peak_memory_bytes": self.peak,
+        }
+
+
+@contextmanager
+def heard(tell: Callable[[str], None], known: set[str]) -> Iterator[None]:
+    """What is warned of inside is told instead, also when that fails; not again what is `known`, which grows."""
+    said: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            yield
+    finally:
+        for text in dict.fromkeys(str(each.message) for each in said):
+            if text not in known:
+                known.add(text)
+                tell(text)
+
+
 class Pool:
     """Images of one source. dir: where they are kept, None for memory only; batch: images asked for at once; warn: told
-    of damage that is made good (a Python warning unless the caller has a better way); among: how many pools of one run
-    share the memory.
+    of damage that is made good and of what the source warns of (a Python warning unless the caller has a better way);
+    among: how many pools of one run share the memory; spent: where it is added up what making images takes, which
+    happens on `device`.
 
     Raises PoolError when `dir` holds images of another source, StorageError when it cannot be written.
     """
@@ -56,9 +121,13 @@ class Pool:
         batch: int = 256,
         warn: Callable[[str], None] = warnings.warn,
         among: int = 1,
+        spent: Spent | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.source, self.dir, self.lanes, self.batch, self.warn, self.among = source, dir, lanes, batch, warn, among
+        self.spent, self.device = Spent() if spent is None else spent, device or torch.device("cpu")
         self.fingerprint = source.fingerprint()
+        self._said: set[str] = set()
         self._where: dict[Key, tuple[str, int]] = {}  # in which part, which row
         self._memory: OrderedDict[str, Tensor] = OrderedDict()  # the part used last stands last
         if dir is not None:
@@ -100,7 +169,8 @@ class Pool:
         done = len(wanted) - len(missing)
         for start in range(0, len(missing), self.batch):
             part = missing[start : start + self.batch]
-            images = self.source.generate([label for label, _ in part], [index for _, index in part])
+            with heard(self.warn, self._said), self.spent.counted(len(part), self.device):
+                images = self.source.generate([label for label, _ in part], [index for _, index in part])
             self._check(part, images)
             self._add(part, images)
             done += len(part)
