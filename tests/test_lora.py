@@ -14,14 +14,16 @@ import torch
 from safetensors import safe_open
 from standins.pipeline import pipeline
 from standins.vision import blip2, clip
-from tiny import samples
+from tiny import config, data, samples
 from torch import Tensor
 
+from fedkeel.data.sources import arrays
 from fedkeel.errors import DataError, PoolError
 from fedkeel.generators import lora
 from fedkeel.generators.base import Tunable
 from fedkeel.generators.diffusion import DiffusionSource, StableDiffusion
 from fedkeel.generators.lora import Schedule, TunedSource, attached, differentiable, masked
+from fedkeel.loop import run
 from fedkeel.records import Samples
 
 CPU = torch.device("cpu")
@@ -515,3 +517,42 @@ def test_grey_images_are_tuned_on_too(weights: Path, load: Callable[..., Diffusi
     source = options.load(CLASSES, (1, 28, 28), CPU)
     made = source.tune(samples(4, classes=OWNED, shape=(1, 28, 28)), 1)
     assert made.generate([0], [0]).shape == (1, 1, 28, 28)
+
+
+def test_a_whole_run_of_regl(weights: Path, tmp_path: Path) -> None:
+    """ReGL (FT) by Stable Diffusion from a configuration: clients of two profiles, in two precisions, tune on their own
+    images and fill from pools of their own. A second run finds adapters and images there and comes to the same."""
+    x, y = data(48).train_x.numpy()[:, 0], data(48).train_y.numpy() % len(CLASSES)
+    images = arrays(train=(x, y), test=(x[:12], y[:12]), classes=list(CLASSES))
+    generator = {
+        "name": "stable-diffusion",
+        "model": str(weights / "sd"),
+        "captioner": str(weights / "blip"),
+        "image_encoder": str(weights / "clip"),
+        "template": "regl-text",
+        "steps": 1,
+        "resolution": 32,
+        "stored": 0,
+        "lora_steps": 2,
+        "lora_batch": 2,
+        "lora_rank": 2,
+    }
+    table = {
+        "generator": generator,
+        "generators": {"constrained": {"precision": "uint4"}},
+        "profiles": {"unconstrained_ids": [1]},
+        "algorithm": {"name": "regl", "tune": True, "volume": 1},
+        "pool": {"dir": str(tmp_path / "pools")},
+    }
+    made = config("rounds=1", "clients=2", "local.epochs=1", table=table)
+    first = run(made, data=images, folder=tmp_path / "one")
+    adapters = json.loads((tmp_path / "one" / "adapters.json").read_text())
+    assert len(adapters) == 2 and all(each["steps"] == each["of"] == 2 for each in adapters)
+    spent = json.loads((tmp_path / "one" / "generators.json").read_text())
+    assert {key: each["images"] for key, each in spent.items()} == {"generator": 3, "constrained": 3}
+    again = run(made, data=images, folder=tmp_path / "two")
+    assert all(torch.equal(again.weights[name], value) for name, value in first.weights.items())
+    kept = json.loads((tmp_path / "two" / "adapters.json").read_text())
+    assert kept == adapters
+    spent = json.loads((tmp_path / "two" / "generators.json").read_text())
+    assert not any(each["images"] for each in spent.values())
