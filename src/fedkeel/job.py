@@ -23,10 +23,9 @@ from fedkeel.data.pictures import set_aside, statistics
 from fedkeel.data.transforms import Transform
 from fedkeel.errors import ConfigError, DeviceError, PoolError
 from fedkeel.evaluate import evaluate
-from fedkeel.files import cache
 from fedkeel.generators.base import Generator, Remembers, Source, Tunable, Worded
 from fedkeel.generators.names import marks
-from fedkeel.generators.store import Pool, Spent, heard
+from fedkeel.generators.store import Pool, Spent, default_root, folder_of, heard
 from fedkeel.local import Worker
 from fedkeel.models.split import Split
 from fedkeel.partition import manifest
@@ -113,8 +112,7 @@ class Images:
         else:
             fingerprint = self._prints.get(generator) or self._prints.setdefault(generator, source.fingerprint())
         if fingerprint not in self._pools:
-            # one folder for each generator, so that a folder of pools can be named for runs of many generators
-            folder = job.pools / fingerprint[:16]
+            folder = folder_of(job.pools, fingerprint)
             lanes = job.config.clients + 1  # one for the server
             spent = self.spent.setdefault(job.section_of(client), Spent())
             self._pools[fingerprint] = Pool(
@@ -305,7 +303,7 @@ class Job:
         counts, profile = self.counts[client], self.profiles[client]
         return self.method.tunes_generator(counts, profile) and int(self.method.plan(counts, profile).fake.sum()) > 0
 
-    @property
+    @cached_property
     def makers(self) -> int:
         """How many generators there are, at most, tuned ones counted."""
         return 1 + sum(map(self.adapts, range(self.clients)))
@@ -313,7 +311,7 @@ class Job:
     @property
     def pools(self) -> Path:
         """Where pools of images lie, each in a folder of its own, and what clients tuned, in `adapters`."""
-        return Path(self.config.pool.dir).expanduser() if self.config.pool.dir else cache() / "pools"
+        return Path(self.config.pool.dir).expanduser() if self.config.pool.dir else default_root()
 
     def untuned(self) -> dict[str, dict[str, object]]:
         """What is to be known of the generators that this run uses, by section: "generator", "unconstrained", ...

@@ -183,11 +183,6 @@ class DiffusionSource:
         negative = self.encode([self.options.negative])[0]
         return torch.cat([negative, negative[-1:].expand(max(0, tokens - len(negative)), -1)])[:tokens]
 
-    def adapt(self) -> None:
-        """Brings the network, which tuned sources share, to this source's weights; called before each pass."""
-        if getattr(getattr(self.pipe, "unet", None), "_hf_peft_config_loaded", False):
-            self.pipe.disable_lora()
-
     def tune(
         self,
         samples: Samples,
@@ -269,7 +264,6 @@ class DiffusionSource:
     @torch.no_grad()
     def _pass(self, asked: list[tuple[int, int]], conditions: list[str | Tensor], tokens: int) -> Tensor:
         """[N, 3, R, R] float32 on the CPU in [0, 1], for N <= batch images of which all conditions have `tokens`."""
-        self.adapt()
         options, extra = self.options, self.batch - len(asked)
         streams = [
             torch.Generator().manual_seed(stream_seed(options.seed, "generate", self._names[label], index))

@@ -138,9 +138,6 @@ class TunedSource(DiffusionSource):
             return embedding
         return torch.cat([embedding, self.adapter.token(feature).to(embedding)[None]])
 
-    def adapt(self) -> None:
-        """The adapter is in place already."""
-
     def memory_bytes(self) -> dict[str, int]:
         """The pipeline's components, and the adapter with its visual means."""
         tensors = [*self.adapter.tensors.values(), *_means(self.adapter.condition).values()]

@@ -38,9 +38,19 @@ MEMORY = 512 * 2**20
 """Bytes of images kept in memory beside those on disk."""
 
 
+def default_root() -> Path:
+    """Where pools live unless the user says otherwise: in the user's cache (files.cache)."""
+    return cache() / "pools"
+
+
 def default_dir(source: Source) -> Path:
-    """Where the pool of this source lives unless the user says otherwise: in the user's cache (files.cache)."""
-    return cache() / "pools" / source.fingerprint()[:16]
+    """Where the pool of this source lives there."""
+    return folder_of(default_root(), source.fingerprint())
+
+
+def folder_of(root: Path, fingerprint: str) -> Path:
+    """One folder for each generator, so that a folder of pools can be named for runs of many generators."""
+    return root / fingerprint[:16]
 
 
 @dataclass

@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import cast
 
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 import fedkeel.report.plots as plots
 from fedkeel.files import write
+from fedkeel.report.html import opening, own
 from fedkeel.report.runs import Method, RunData, in_order, is_class, methods
 from fedkeel.report.table import columns, duration, leader, percent, size, summarise
 
@@ -59,18 +59,7 @@ def page(runs: Sequence[RunData], title: str | None = None) -> str:
         _origins(runs),
     ]
     title = title or " · ".join(dict.fromkeys(method.label for method in found))
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{escape(title)} – fedkeel</title>
-<style>
-{_own("page.css")}</style>
-</head>
-<body>
+    return f"""{opening(title, _POLICY)}
 {_header(runs, title)}
 <main>
 <noscript><p class="note">The charts of this page need JavaScript; the tables do not.</p></noscript>
@@ -79,7 +68,7 @@ def page(runs: Sequence[RunData], title: str | None = None) -> str:
 <script type="application/json" id="figures">{_script_json(figures)}</script>
 <script>{get_plotlyjs()}</script>
 <script>
-{_own("page.js")}</script>
+{own("page.js")}</script>
 </body>
 </html>
 """
@@ -482,10 +471,6 @@ def _faint(face: str) -> str:
 def _script_json(value: object) -> str:
     """JSON that cannot end its script element."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-
-
-def _own(name: str) -> str:
-    return files("fedkeel.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _each(texts: Iterable[str]) -> str:

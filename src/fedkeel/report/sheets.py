@@ -9,7 +9,6 @@ import base64
 import math
 from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkeel.files import write, write_json
+from fedkeel.report.html import opening
 from fedkeel.report.plots import INK, REAL, as_rgb
 from fedkeel.report.table import duration, size
 
@@ -151,7 +151,6 @@ def write_quality(quality: Quality, folder: Path) -> dict[str, str]:
 
 def page(quality: Quality, images: Sequence[tuple[str, bytes]]) -> str:
     """The HTML page with its pictures inside; it loads nothing."""
-    style = files("fedkeel.report").joinpath("page.css").read_text(encoding="utf-8")
     heads, rows = table(quality)
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
     body = []
@@ -161,18 +160,7 @@ def page(quality: Quality, images: Sequence[tuple[str, bytes]]) -> str:
         body.append(f'<tr><th scope="row">{escape(row[0])}</th>{cells}<td{mark}>{escape(row[-1])}</td></tr>')
     said = "".join(f"<p>{escape(line)}</p>" for line in summary(quality))
     shown = "".join(_picture(name, data) for name, data in images)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>Quality of synthetic images – fedkeel</title>
-<style>
-{style}</style>
-</head>
-<body>
+    return f"""{opening("Quality of synthetic images", _POLICY)}
 <header><div><h1>Quality of synthetic images</h1><p>Generator {escape(quality.fingerprint[:16])}</p></div></header>
 <main>
 <section><h2>Class by class</h2>{said}
