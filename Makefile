@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # the suite compares runs bit by bit and the machines that run it are shared: one thread a process
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test lint types battery
+.PHONY: setup demo test lint types battery reliability
 
 setup: $(STAMP)
 
@@ -17,17 +17,21 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "name another one: make setup PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt hatchling editables
-	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev,diffusion]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev,diffusion,flower,ray,dp]'
 	@touch $@
 
 demo: setup
 	$(BIN)/fedkeel demo
 
 test: lint types
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 battery: setup
 	$(BIN)/python tests/battery.py
+
+# about an hour on two quiet cores
+reliability: setup
+	PYTHONPATH=tests $(BIN)/python benchmarks/reliability.py
 
 lint: setup
 	$(BIN)/ruff check .

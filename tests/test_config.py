@@ -220,7 +220,7 @@ def test_the_key_follows_what_decides_numbers(override):
 
 @pytest.mark.parametrize(
     "override",
-    ["name=x", "runs_dir=x", "checkpoint_every=3", "on_failure=stop", "min_clients=2", "mlflow=x", "pool.dir=x"],
+    ["name=x", "runs_dir=x", "checkpoint_every=3", "on_failure=stop", "min_replies=2", "mlflow=x", "pool.dir=x"],
 )
 def test_the_key_ignores_what_does_not(override):
     assert tiny.config(override).key() == tiny.config().key()

@@ -247,23 +247,23 @@ def test_an_exception_is_recorded_with_its_traceback(data, room):
 def test_too_few_clients(data, room, tmp_path):
     """The run fails with everybody's reason; what was done stays, and the run can go on once the cause is gone."""
     failing(room, {1: (2,), 3: (2,)}, "nan")
-    config = tiny.config("algorithm.name=failing", "min_clients=3", "runs_dir=" + str(tmp_path))
+    config = tiny.config("algorithm.name=failing", "min_replies=3", "runs_dir=" + str(tmp_path))
     heard = Heard()
-    with pytest.raises(TooFewClients, match=r"round 3: 2 usable updates, min_clients = 3: client 1: .*; client 3: "):
+    with pytest.raises(TooFewClients, match=r"round 3: 2 usable updates, min_replies = 3: client 1: .*; client 3: "):
         run(config, data=data, folder=tmp_path / "run", listener=heard)
     assert heard.rounds == [1, 2] and heard.ends == 1
     assert len((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()) == 2
     with pytest.raises(TooFewClients):
         resume(tmp_path / "run", data=data)
     # the bound decides no numbers, so the run goes on with a lower one, and ends as if it had had it all along
-    lower = replace(config, min_clients=2)
+    lower = replace(config, min_replies=2)
     assert same(run(lower, data=data, folder=tmp_path / "run", resume=True), run(lower, data=data))
 
 
 def test_a_round_that_fails_leaves_a_note(data, room, tmp_path):
     """The error and what would have been the round's record, with tracebacks; gone once the run goes on."""
     failing(room, {1: (2,), 2: (2,)}, "raises")
-    config, folder = tiny.config("algorithm.name=failing", "min_clients=3"), tmp_path / "run"
+    config, folder = tiny.config("algorithm.name=failing", "min_replies=3"), tmp_path / "run"
     with pytest.raises(TooFewClients) as caught:
         run(config, data=data, folder=folder)
     note = json.loads((folder / "failure.json").read_text())
@@ -276,7 +276,7 @@ def test_a_round_that_fails_leaves_a_note(data, room, tmp_path):
     with pytest.raises(RunError):
         resume(folder, data=data)
     assert (folder / "failure.json").exists()
-    run(replace(config, min_clients=1), data=data, folder=folder, resume=True)
+    run(replace(config, min_replies=1), data=data, folder=folder, resume=True)
     assert not (folder / "failure.json").exists()
 
 

@@ -26,7 +26,7 @@ from fedkeel.partition.shards import Shards
 from fedkeel.partition.single_class import SingleClass
 from fedkeel.rng import Streams
 
-ALL = registry.names("partitions")
+ALL = [name for name in registry.names("partitions") if name != "sites"]  # which are no partition
 SHARED = {"global_share"}  # those whose clients overlap on purpose
 
 

@@ -6,7 +6,6 @@ import pytest
 import tiny
 import torch
 
-from fedkeel import personal
 from fedkeel.algorithms.fedavg_ft import FedAvgFT
 from fedkeel.job import Job
 from fedkeel.loop import resume, run
@@ -92,18 +91,16 @@ def test_the_same_seed_draws_the_same_sets():
 # measures -------------------------------------------------------------------------------------------------------------
 
 
-def measured(monkeypatch, data, curves, sizes, before=(), method="fedavg_ft"):
+def measured(data, curves, sizes, before=(), method="fedavg_ft"):
     """`measure`, with these curves for the clients' models and test sets of these sizes."""
     job = Job(tiny.config(f"algorithm.name={method}"), data)
-    job.__dict__["personal_tests"] = [torch.arange(size) for size in sizes]
-    monkeypatch.setattr(personal, "curve_of", lambda job, server, accepted, client: curves[client])
-    return measure(job, job.first_server(), {}, list(before))
+    return measure(job, [(curves.get(client, []), size) for client, size in enumerate(sizes)], list(before))
 
 
-def test_means_by_hand(monkeypatch, data):
+def test_means_by_hand(data):
     """Client 2 has no test images: it counts nowhere. Last: (0.5 + 0.2 + 0.6) / 3, by images (5 + 6 + 12) / 60."""
     curves = {0: [0.1, 0.9, 0.5], 1: [0.4, 0.3, 0.2], 3: [0.0, 0.0, 0.6]}
-    found = measured(monkeypatch, data, curves, (10, 30, 0, 20))
+    found = measured(data, curves, (10, 30, 0, 20))
     assert found["personal/clients"] == [0.5, 0.2, None, 0.6]
     assert found["personal/accuracy_last"] == pytest.approx(1.3 / 3)
     assert found["personal/accuracy_best"] == pytest.approx((0.9 + 0.4 + 0.6) / 3)
@@ -111,12 +108,12 @@ def test_means_by_hand(monkeypatch, data):
     assert found["personal/accuracy_best_weighted"] == pytest.approx((9 + 12 + 12) / 60)
 
 
-def test_nobody_has_test_images(monkeypatch, data):
-    found = measured(monkeypatch, data, {}, (0, 0, 0, 0))
+def test_nobody_has_test_images(data):
+    found = measured(data, {}, (0, 0, 0, 0))
     assert found["personal/clients"] == [None] * 4 and found["personal/accuracy_last"] is None
 
 
-def test_the_best_of_a_method_that_does_not_tune_is_over_rounds(monkeypatch, data):
+def test_the_best_of_a_method_that_does_not_tune_is_over_rounds(data):
     """Each client's own best round, not the best round of their mean."""
     before = [
         {"personal/clients": [0.9, 0.1, 0.0, 0.0]},
@@ -124,11 +121,11 @@ def test_the_best_of_a_method_that_does_not_tune_is_over_rounds(monkeypatch, dat
         {"personal/clients": [0.0, 0.7, 0.0, 0.0]},
     ]
     curves = {k: [0.2] for k in range(4)}
-    found = measured(monkeypatch, data, curves, (1, 1, 1, 1), before, "fedrep")
+    found = measured(data, curves, (1, 1, 1, 1), before, "fedrep")
     assert found["personal/accuracy_best"] == pytest.approx((0.9 + 0.7 + 0.2 + 0.2) / 4)
     assert found["personal/accuracy_last"] == pytest.approx(0.2)
     assert found["personal/evaluations"] == 3
-    found = measured(monkeypatch, data, curves, (1, 1, 1, 1), before, "fedavg_ft")
+    found = measured(data, curves, (1, 1, 1, 1), before, "fedavg_ft")
     assert found["personal/accuracy_best"] == pytest.approx(0.2)  # there over the epochs of this tuning
 
 

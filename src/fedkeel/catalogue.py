@@ -16,13 +16,19 @@ from fedkeel.errors import ConfigError, UnknownName, nearest
 from fedkeel.job import Job
 from fedkeel.loop import one_round
 from fedkeel.options import Option, options
+from fedkeel.privacy import Privacy
 from fedkeel.records import Samples
+from fedkeel.robust import Robust
 
-SECTIONS: dict[str, type] = {"run": Config} | {
-    key: kind
-    for key, kind in get_type_hints(Config).items()
-    if key not in NAMED and isinstance(kind, type) and is_dataclass(kind)
-}
+SECTIONS: dict[str, type] = (
+    {"run": Config}
+    | {
+        key: kind
+        for key, kind in get_type_hints(Config).items()
+        if key not in NAMED and isinstance(kind, type) and is_dataclass(kind)
+    }
+    | {"privacy": Privacy, "robust": Robust}
+)
 """Sections of a configuration whose keys are fixed; "run" stands for the keys outside any section."""
 
 

@@ -21,6 +21,8 @@ from fedkeel.files import checksum, write_json, write_tensors
 from fedkeel.records import Server
 
 GENERATIONS = ("a", "b")
+ELSEWHERE = ""
+"""In place of the checksum of a state that lies on another machine."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,20 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of one run. `key` stands for its configuration and layout: another's are refused."""
 
-    def __init__(self, folder: Path, key: str, clients: ClientStore, shelf: ClientStore) -> None:
-        """`clients` holds what clients keep, `shelf` what a method's server keeps per client."""
+    def __init__(self, folder: Path, key: str, clients: ClientStore, shelf: ClientStore, remote: bool = False) -> None:
+        """`clients` holds what clients keep, unless `remote`; `shelf` what a method's server keeps per client."""
         self.folder, self.key = folder / "checkpoint", key
         self._stores = {"clients": clients, "shelf": shelf}
+        self.remote = remote
         self._sums: dict[tuple[str, int, int], str] = {}
         self._damaged: set[str] = set()
+        self._needed: set[tuple[int, int]] | None = None  # of clients' states, once read
 
     def save(self, server: Server, accepted: Mapping[int, int]) -> None:
         """Writes a generation over the older of the two, or over one that `load` found damaged: a whole one is on disk
         all the time. Raises StorageError; the other generation stays."""
         kept = {
-            "clients": self._flushed("clients", list(accepted.items())),
+            "clients": self._elsewhere(accepted) if self.remote else self._flushed("clients", list(accepted.items())),
             "shelf": self._flushed("shelf", on_shelf(server)),
         }
         fresh = self.folder / "new"
@@ -65,6 +69,7 @@ class Checkpoints:
         except OSError as error:
             raise StorageError(f"cannot write {self.folder / older}: {error.strerror or error}") from error
         self._damaged.discard(older)
+        self._needed = None
         self._collect()
 
     def load(self, first: Server) -> Checkpoint | None:
@@ -92,6 +97,13 @@ class Checkpoints:
         if damaged:
             raise CheckpointError("; ".join(damaged) + "; no other is left: start the run again")
         return None
+
+    def versions(self, client: int) -> set[int]:
+        """The rounds of this client's states that generations on disk need."""
+        if self._needed is None:
+            found = [key for name in GENERATIONS for key in _sums(self._state(name) or {})]
+            self._needed = {(owner, version) for store, owner, version in found if store == "clients"}
+        return {version for owner, version in self._needed if owner == client}
 
     def _read(self, name: str, state: Mapping[str, object], first: Server, warnings: tuple[str, ...]) -> Checkpoint:
         tensors = load_file(self.folder / name / "server.safetensors")
@@ -130,7 +142,7 @@ class Checkpoints:
             if checksum(self.folder / name / file) != total:
                 return f"{file} does not match its checksum"
         for (store, client, version), total in _sums(state).items():
-            if checksum(self._stores[store].file(client, version)) != total:
+            if total != ELSEWHERE and checksum(self._stores[store].file(client, version)) != total:
                 return f"the state of client {client} does not match its checksum"
         return ""
 
@@ -141,6 +153,11 @@ class Checkpoints:
             if (store, client, version) not in self._sums:
                 self._sums[store, client, version] = checksum(self._stores[store].file(client, version))
         return [[client, version, self._sums[store, client, version]] for client, version in keys]
+
+    def _elsewhere(self, accepted: Mapping[int, int]) -> list[list[object]]:
+        """The same for states on other machines, which keep them themselves."""
+        self._sums = {key: total for key, total in self._sums.items() if key[0] != "clients"}
+        return [[client, version, ELSEWHERE] for client, version in accepted.items()]
 
     def _collect(self) -> None:
         """Deletes the states that no generation needs."""

@@ -24,12 +24,15 @@ from fedkeel.data.noise import Noise
 from fedkeel.data.sources import resolve
 from fedkeel.data.transforms import Augment
 from fedkeel.errors import ConfigError, nearest
+from fedkeel.federation import Cluster, Federation
 from fedkeel.generators.base import Generator
 from fedkeel.local import Training
 from fedkeel.models.split import Model
 from fedkeel.options import build, keyed, option, plain
 from fedkeel.partition.base import Partitioner
 from fedkeel.personal import Personal
+from fedkeel.privacy import Privacy
+from fedkeel.robust import Robust
 
 Table = Mapping[str, object]
 
@@ -122,7 +125,7 @@ class Config:
     threads: int = option(1, "threads of one PyTorch operation on a CPU", ge=1)
     runtime: str = option("inprocess", "what runs the clients")
     runs_dir: str = option("runs", "folder of all runs")
-    min_clients: int = option(1, "usable updates without which a round fails the run", ge=1)
+    min_replies: int = option(1, "usable updates without which a round fails the run", ge=1)
     on_failure: Literal["continue", "stop"] = option("continue", "what a client without usable update does to the run")
     checkpoint_every: int = option(1, "rounds between checkpoints", ge=1)
     memory: float = option(
@@ -146,6 +149,10 @@ class Config:
     noise: Noise = field(default_factory=Noise)
     evaluate: Evaluation = field(default_factory=Evaluation)
     personal: Personal = field(default_factory=Personal)
+    federation: Federation = field(default_factory=Federation)
+    ray: Cluster = field(default_factory=Cluster)
+    privacy: Privacy | None = None
+    robust: Robust | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.participation, float) and self.participation > 1:
@@ -164,6 +171,10 @@ class Config:
         late = [number for number in self.evaluate.local_rounds if number > self.rounds]
         if late:
             raise ConfigError("evaluate.local_rounds", late, f"rounds are numbered 1 to {self.rounds}")
+        if self.federation.sites and len(self.federation.sites) != self.clients:
+            raise ConfigError(
+                "federation.sites", list(self.federation.sites), f"names {len(self.federation.sites)} of {self.clients}"
+            )
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError("name", self.name, "must be a plain folder name")
         if self.balance is not None and isinstance(self.algorithm, Over):
@@ -174,6 +185,32 @@ class Config:
                 _ = replace(self.balance, base=self.algorithm).inner  # made here for the checks of its options
             except ConfigError as error:
                 raise ConfigError(f"balance.{error.key}", error.value, error.allowed, error.near) from None
+        if self.privacy is not None or self.robust is not None:
+            self._check_sums()
+
+    def _check_sums(self) -> None:
+        """Raises ConfigError where [privacy] or [robust] cannot do what they are there for."""
+        section = "privacy" if self.privacy is not None else "robust"
+        owner = "algorithm" if self.balance is None else "balance"
+        for key, method in (("algorithm", self.algorithm), ("balance", self.balance)):
+            if method is None or method.only_sums():
+                continue
+            known = [name for name in registry.names("algorithms") if _sums(name)]
+            why = f"its server does not work on sums of updates alone, which [{section}] needs; {', '.join(known)} do"
+            raise ConfigError(f"{key}.name", registry.name_of("algorithms", type(method)), why)
+        if self.robust is not None:
+            if self.privacy is not None:
+                raise ConfigError("robust.name", self.robust.name, "not with [privacy], whose noise is on a plain sum")
+            if short := self.robust.short(self.cohort):
+                raise ConfigError("robust.name", self.robust.name, short)
+        if self.privacy is not None:
+            self.privacy.delta_of(self.clients)
+            if self.method.weights != "uniform":
+                allowed = "sample counts must not cross under [privacy]: must be 'uniform'"
+                raise ConfigError(f"{owner}.weights", self.method.weights, allowed)
+            if self.checkpoint_every != 1:
+                allowed = "must be 1 under [privacy]: a round that is done again releases more than is counted"
+                raise ConfigError("checkpoint_every", self.checkpoint_every, allowed)
 
     @property
     def method(self) -> Algorithm:
@@ -241,14 +278,19 @@ NAMED = {
 """Sections that name a thing, and its room; the keys of all others are fixed."""
 _NO_NUMBERS = {
     "name", "runs_dir", "runtime", "checkpoint_every",
-    "memory", "tensorboard", "mlflow", "pool", "device", "on_failure",
-    "min_clients", "local_rounds", "local_clients",
+    "memory", "tensorboard", "mlflow", "pool", "device", "on_failure", "federation", "ray",
+    "min_replies", "local_rounds", "local_clients",
 }  # fmt: skip
 _DEFAULTS: dict[str, dict[str, object]] = {
     "data": {"name": "fashion"},
     "partition": {"name": "dirichlet"},
     "model": {"name": "resnet18"},
 }
+
+
+def _sums(name: str) -> bool:
+    cls: type[Algorithm] = registry.get("algorithms", name)
+    return cls.sums
 
 
 def parse(table: Table, overrides: Sequence[str] = ()) -> Config:

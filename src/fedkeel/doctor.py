@@ -17,6 +17,9 @@ EXTRAS = {
     "diffusion": ("diffusers", "transformers", "peft", "accelerate", "sdnq"),
     "nf4": ("bitsandbytes",),
     "track": ("tensorboard", "mlflow"),
+    "flower": ("flwr",),
+    "ray": ("ray",),
+    "dp": ("dp_accounting",),
 }
 """What each extra of pyproject.toml brings, by the names under which it is imported."""
 CORE = (

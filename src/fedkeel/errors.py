@@ -13,7 +13,7 @@ FedkeelError
 │   ├── StorageError         a disk that is full or cannot be written; what was there is kept
 │   └── MissingExtra         an optional dependency is not installed
 └── RunError                 the run failed; the command line exits with 1
-    ├── TooFewClients        fewer usable updates in a round than `min_clients`
+    ├── TooFewClients        fewer usable updates in a round than `min_replies`
     └── UndeclaredField      a method sent something it did not declare
 """
 
@@ -93,7 +93,7 @@ class RunError(FedkeelError):
 
 
 class TooFewClients(RunError):
-    """Fewer usable updates in a round than `min_clients`."""
+    """Fewer usable updates in a round than `min_replies`."""
 
 
 class UndeclaredField(RunError):

@@ -6,8 +6,8 @@ import os
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from fedkeel.local import Worker
 from fedkeel.models.split import Split
 from fedkeel.partition import manifest
 from fedkeel.partition.manifest import Partition
+from fedkeel.privacy import Accountant
 from fedkeel.records import Lab, Plan, Samples, Server
 from fedkeel.rng import Streams, isolated, stream_seed
 
@@ -135,24 +136,55 @@ class Images:
         return self.of(client).take(label, 0 if self.shared else client, count)
 
 
+@dataclass(frozen=True)
+class Holdings:
+    """What a process knows of clients' data where it does not hold all of them: at a site, at the server of sites, in
+    a worker that gets each client's samples when it trains.
+
+    data: as clients see them, noise included; its train images are those that this process holds. partition: rows of
+    these, none for a client whose samples are elsewhere; `counts` may know of those too. samples: where they come from,
+    None = from `data`. total: how many samples all clients have together, None = as many as `counts` says.
+    """
+
+    data: Dataset
+    partition: Partition
+    samples: Callable[[int], Samples] | None = None
+    total: int | None = None
+
+
 class Job:
     """One run's parts. Making a job loads data and builds the network; nothing is trained and nothing generated yet."""
 
-    def __init__(self, config: Config, data: Dataset | None = None, folder: Path | None = None) -> None:
-        """`data` stands in for the configuration's [data]; `folder` is where client states may be kept."""
+    def __init__(
+        self,
+        config: Config,
+        data: Dataset | None = None,
+        folder: Path | None = None,
+        holdings: Holdings | None = None,
+    ) -> None:
+        """`data` stands in for the configuration's [data]; `folder` is where client states may be kept; `holdings`
+        stand in for data and partition."""
         self.config = config
         self.streams = Streams(config.seed)
         self.device = find_device(config.device)
-        clean = validating(config.data.load() if data is None else data, config.evaluate.validation)
+        self._samples = None if holdings is None else holdings.samples
+        self._total = None if holdings is None else holdings.total
+        if holdings is None:
+            clean = validating(config.data.load() if data is None else data, config.evaluate.validation)
+            self.partition = self._partition(clean, folder)
+            self.data = config.noise.apply(clean, self.streams)
+        else:
+            clean = self.data = holdings.data
+            self.partition = holdings.partition
         self._clean = clean.train_x
         self.fingerprint = clean.fingerprint
         """Of the data before noise, as the partition is: who holds which images is the same at every level of it."""
-        self.partition = self._partition(clean, folder)
         rows = torch.unique(torch.cat(self.partition.clients))
         self._held = torch.bincount(clean.train_y[rows], minlength=len(clean.classes))  # before noise
-        self.data = config.noise.apply(clean, self.streams)
         self.warn: Callable[[str], None] = warnings.warn
         """Told of damage that was made good; a run sets it to its listener's."""
+        self.checkpointed: Callable[[int], Collection[int]] = lambda client: ()
+        """Rounds of a client's states that checkpoints on disk need; a run that writes any sets it."""
         self.method = config.method
         self.clients = 1 if self.method.pooled else config.clients
         """How many take part: all data are one client's for a pooled method."""
@@ -192,6 +224,7 @@ class Job:
             device=self.device,
             clients=config.clients,
             cohort=config.cohort,
+            privacy=config.privacy,
         )
 
     def tell(self, text: str) -> None:
@@ -220,7 +253,7 @@ class Job:
 
     def _tunes_in_vain(self, client: int) -> bool:
         """Whether this client, which tunes, needs no image of a class for which its generator is tuned."""
-        fake = self.method.plan(self.counts[client], self.profiles[client]).fake
+        fake = self._plan(self.counts[client], self.profiles[client]).fake
         tunes_missing = getattr(self.generator_of(client), "tunes_missing", True)
         return not tunes_missing and int(fake[self.counts[client] > 0].sum()) == 0
 
@@ -234,7 +267,10 @@ class Job:
 
     @cached_property
     def counts(self) -> Tensor:
-        """[K, C] real samples per client and class, by the labels that clients see: the noisy ones."""
+        """[K, C] real samples per client and class, by the labels that clients see: the noisy ones. Zero for clients of
+        whom this process knows nothing."""
+        if self._samples is not None:
+            return self.partition.counts
         if self.method.pooled:
             return self.samples(0).counts(len(self.data.classes))[None]
         classes = len(self.data.classes)
@@ -242,6 +278,8 @@ class Job:
 
     def samples(self, client: int) -> Samples:
         """A client's own samples."""
+        if self._samples is not None:
+            return self._samples(client)
         held = self.partition.clients
         rows = torch.unique(torch.cat(held)) if self.method.pooled else held[client]
         return Samples.real_ones(self.data.train_x[rows], self.data.train_y[rows])
@@ -269,7 +307,8 @@ class Job:
 
     def first_server(self) -> Server:
         """The server before the first round."""
-        return self.worker.first_server(self.clients, int(self.counts.sum()))
+        total = int(self.counts.sum()) if self._total is None else self._total
+        return self.worker.first_server(self.clients, total)
 
     def cohort(self, number: int) -> list[int]:
         """The clients of round `number` (from 0), ascending: drawn uniformly without replacement."""
@@ -278,9 +317,20 @@ class Job:
         order = torch.randperm(self.config.clients, generator=self.streams("clients", number))
         return self.method.cohort(sorted(order[: self.config.cohort].tolist()), self.config.clients, number)
 
+    @cached_property
+    def accountant(self) -> Accountant | None:
+        """What privacy this run has cost so far; None where [privacy] is absent. Raises MissingExtra."""
+        privacy, config = self.config.privacy, self.config
+        return None if privacy is None else Accountant(privacy, config.clients, config.cohort, self.cohort)
+
     def plans(self) -> list[Plan]:
         """What each client trains on, from its counts and profile (known in simulation only)."""
-        return [self.method.plan(self.counts[k], self.profiles[k]) for k in range(self.clients)]
+        return [self._plan(self.counts[k], self.profiles[k]) for k in range(self.clients)]
+
+    def _plan(self, counts: Tensor, profile: str) -> Plan:
+        if int(counts.sum()) == 0:  # its samples are elsewhere
+            return Plan(counts, torch.zeros_like(counts))
+        return self.method.plan(counts, profile)
 
     # what makes images ------------------------------------------------------------------------------------------------
 
@@ -301,7 +351,7 @@ class Job:
         if client >= self.clients:
             return False
         counts, profile = self.counts[client], self.profiles[client]
-        return self.method.tunes_generator(counts, profile) and int(self.method.plan(counts, profile).fake.sum()) > 0
+        return self.method.tunes_generator(counts, profile) and int(self._plan(counts, profile).fake.sum()) > 0
 
     @cached_property
     def makers(self) -> int:
@@ -431,13 +481,20 @@ class Job:
         """Synthetic images by client."""
         return Images(self)
 
-    def generate(self, progress: Progress | None = None, tuning: Tuning | None = None) -> int:
-        """Tunes the generators of clients that do so, and fills the pools with every image that clients need in their
-        first cycle; returns how many. A call that was stopped is gone on with by the next.
+    def generate(
+        self,
+        progress: Progress | None = None,
+        tuning: Tuning | None = None,
+        clients: Collection[int] | None = None,
+    ) -> int:
+        """Tunes the generators of clients that do so, and fills the pools with every image that clients (all, or these)
+        need in their first cycle; returns how many. A call that was stopped is gone on with by the next.
 
         progress: called with images there and wanted; tuning: with the client, steps done and steps in all.
         """
         plans = {client: plan.fake for client, plan in enumerate(self.plans()) if int(plan.fake.sum())}
+        if clients is not None:
+            plans = {client: fake for client, fake in plans.items() if client in clients}
         for client in plans:
             self.source_of(client, tuning)
         needs: dict[Pool, dict[tuple[int, int], int]] = {}
@@ -479,7 +536,9 @@ class Job:
         return number == self.config.rounds or (options.every > 0 and number % options.every == 0)
 
     def measure(self, model: Split) -> Mapping[str, float]:
-        """Accuracies on the test images, by name."""
+        """Accuracies on the test images, by name; none without any."""
+        if len(self.data.test_y) == 0:
+            return {}
         return evaluate(
             model,
             self.data.test_x,
@@ -491,7 +550,9 @@ class Job:
         )
 
     def evaluate(self, server: Server) -> dict[str, float]:
-        """`global/...` metrics of the server's model."""
+        """`global/...` metrics of the server's model; none without test images."""
+        if len(self.data.test_y) == 0:
+            return {}
         self.worker.load(server)
         return {f"global/{name}": value for name, value in self.measure(self.worker.model).items()}
 

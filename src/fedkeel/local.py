@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedkeel.errors import ConfigError, EmptyClient, FedkeelError, UndeclaredField
 from fedkeel.models.split import Split
 from fedkeel.options import option
+from fedkeel.privacy import Privacy, clipped, fits
 from fedkeel.records import Batch, Local, Phase, Prepare, Reply, Samples, Server, Update
 from fedkeel.rng import Streams, isolated
 from fedkeel.weights import Rule, Weights
@@ -79,9 +80,12 @@ class Worker:
         device: torch.device,
         clients: int = 1,
         cohort: int = 1,
+        privacy: Privacy | None = None,
     ) -> None:
         """`model` is as the configuration asks for, freshly initialised; `data(client)` gives a client's samples,
-        `images(client, counts, first)` synthetic ones for it. Of `clients`, `cohort` take part in a round."""
+        `images(client, counts, first)` synthetic ones for it. Of `clients`, `cohort` take part in a round. Raises
+        ConfigError for a network that does not go with `privacy`."""
+        self.privacy = privacy
         self.algorithm, self.training = algorithm, algorithm.training(training, cohort)
         self.clients = clients
         self.classes, self.rounds, self.streams, self.transform = classes, rounds, streams, transform
@@ -89,6 +93,8 @@ class Worker:
         with isolated(streams("build")):  # what a method adds to the network
             self.model = algorithm.build(model).to(device)
         self.weights = Weights(self.model, self._personal)
+        if privacy is not None:
+            fits(self.weights.layout)
         self.initial_own, self.initial_own_counters = self.weights.own, self.weights.own_counters
         self._homes: dict[str, torch.device] = {}
         self.initial_buffers = self.weights.buffers.clone()
@@ -177,6 +183,8 @@ class Worker:
         reason = not_finite(update, self.weights.buffers, own, local)
         if reason:
             return Reply(client, failure=reason, steps=local.steps, loss=local.loss)
+        if self.privacy is not None:
+            update = clipped(update, self.privacy.clip)
         buffers, counters = self.weights.buffers.clone(), self.weights.counters
         if len(update.delta) < len(local.params):  # no model crosses, and its statistics do not either
             buffers, counters = buffers[:0], {}

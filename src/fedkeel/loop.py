@@ -27,10 +27,12 @@ from fedkeel.contact import write_sheet
 from fedkeel.data.dataset import Dataset
 from fedkeel.errors import CheckpointError, ConfigError, RunError, StorageError, TooFewClients, UndeclaredField
 from fedkeel.files import write, write_json, write_tensors
-from fedkeel.job import Job
+from fedkeel.job import Holdings, Job
+from fedkeel.privacy import guarded
 from fedkeel.record import Listener, MLflow, RoundLog, Several, Silent, TensorBoard
 from fedkeel.records import Reply, Server, Update
-from fedkeel.runtimes.base import Runtime
+from fedkeel.robust import agreed
+from fedkeel.runtimes.base import Engine, Runtime
 from fedkeel.weights import Layout, Statistics
 
 HEADLINE = 10
@@ -62,24 +64,26 @@ def run(
     listener: Listener | None = None,
     resume: bool = False,
     label: str = "",
+    engine: Engine | None = None,
+    holdings: Holdings | None = None,
 ) -> Result:
     """Runs a configuration to its end.
 
     data: stands in for [data], for arrays from Python. folder: where the run is written (None: nothing is written).
-    resume: goes on from the last checkpoint in `folder`, or starts when there is none yet.
+    resume: goes on from the last checkpoint in `folder`, or starts when there is none yet. engine: the runtime, in
+    place of the one that the configuration names. holdings: stand in for data and partition, at the server of sites.
     Raises UserError for wrong input, RunError when the run fails; a folder then holds all that was done.
     """
     torch.set_num_threads(config.threads)
     if folder is None:
-        job = Job(config, data)
-        return _rounds(job, None, listener or Silent(), label, resume=False)
+        return _rounds(Job(config, data, None, holdings), None, listener or Silent(), label, False, engine)
     if not resume and (folder / "config.toml").exists():
         raise ConfigError("name", folder.name, f"{folder} holds a run: resume it, or choose another name")
     with _locked(folder):
         for left in folder.rglob("*.partial"):  # by a process that was killed
             left.unlink(missing_ok=True)
-        job = Job(config, data, folder)
-        return _rounds(job, folder, _trackers(config, folder, listener), label, resume)
+        job = Job(config, data, folder, holdings)
+        return _rounds(job, folder, _trackers(config, folder, listener), label, resume, engine)
 
 
 def resume(folder: Path, *, data: Dataset | None = None, listener: Listener | None = None) -> Result:
@@ -91,9 +95,12 @@ def resume(folder: Path, *, data: Dataset | None = None, listener: Listener | No
     return run(config, data=data, folder=folder, listener=listener, resume=True, label=label)
 
 
-def _rounds(job: Job, folder: Path | None, listener: Listener, label: str, resume: bool) -> Result:
+def _rounds(
+    job: Job, folder: Path | None, listener: Listener, label: str, resume: bool, engine: Engine | None
+) -> Result:
     config, server = job.config, replace(job.first_server(), layout=job.worker.weights.layout)
-    engine = registry.get("runtimes", config.runtime)()  # an unknown name is refused before anything is written
+    engine = engine or registry.get("runtimes", config.runtime)()  # an unknown name is refused before any writing
+    assert engine is not None
     job.warn = listener.warned
     accepted: dict[int, int] = {}
     records: list[dict[str, Any]] = []
@@ -101,7 +108,9 @@ def _rounds(job: Job, folder: Path | None, listener: Listener, label: str, resum
     log = checkpoints = None
     label = label or name(config)
     if folder is not None:
-        log, checkpoints = RoundLog(folder / "rounds.jsonl"), Checkpoints(folder, run_key(job), job.store, job.shelf)
+        log = RoundLog(folder / "rounds.jsonl")
+        checkpoints = Checkpoints(folder, run_key(job), job.store, job.shelf, engine.remote)
+        job.checkpointed = checkpoints.versions
         found = checkpoints.load(server) if resume else None
         if found is not None:
             server, accepted = found.server, dict(found.accepted)
@@ -119,7 +128,7 @@ def _rounds(job: Job, folder: Path | None, listener: Listener, label: str, resum
         if server.round < config.rounds:
             began = time.perf_counter()
             try:
-                count = job.generate(listener.generating, listener.tuning)
+                count = runtime.prepare(listener.generating, listener.tuning)
             finally:
                 _note_spent(job, folder, spent)
             if count and folder is not None:
@@ -132,7 +141,7 @@ def _rounds(job: Job, folder: Path | None, listener: Listener, label: str, resum
                 server, record = one_round(job, runtime, server, accepted)
             if job.personal_round(server.round):
                 began = time.perf_counter()
-                record |= personal.measure(job, server, accepted, records)
+                record |= personal.measure(job, runtime.personal(server, accepted), records)
                 record["seconds/personal"] = round(time.perf_counter() - began, 4)
             record["seconds/generate"] = round(seconds, 4)
             seconds = 0.0
@@ -162,15 +171,19 @@ def run_key(job: Job) -> str:
 def one_round(job: Job, runtime: Runtime, server: Server, accepted: dict[int, int]) -> tuple[Server, dict[str, Any]]:
     """Draws clients, trains them, averages, evaluates. `accepted` is brought up to date.
 
-    Raises TooFewClients when fewer than `min_clients` updates are usable; `server` is still the state to go on from.
+    Raises TooFewClients when fewer than `min_replies` updates are usable; `server` is still the state to go on from.
     """
     config, number, began = job.config, server.round, time.perf_counter()
     cohort = job.cohort(number)
-    options = config.evaluate
+    options, accountant = config.evaluate, job.accountant
     means = options.local_every > 0 and (number + 1) % options.local_every == 0
     kept = (options.local_clients or cohort) if number + 1 in options.local_rounds else ()
     replies = runtime.run(server, cohort, accepted, measure=cohort if means else kept)
-    round_ = Incoming(replies, job.config.local.bn_var, server, means)
+    if config.privacy is not None:
+        replies = guarded(replies, server, config.privacy, config.privacy.normal(job.streams, number))
+    elif config.robust is not None:
+        replies = agreed(replies, config.robust)
+    round_ = Incoming(replies, config.local.bn_var, server, means, private=config.privacy is not None)
     after = job.method.aggregate(replace(server, lab=job.lab(number)), round_) if round_.wait() else server
     round_.drain()
     _enough(config, number, round_)
@@ -201,7 +214,8 @@ def one_round(job: Job, runtime: Runtime, server: Server, accepted: dict[int, in
         **_writable(metrics),
         **round_.record(),
         **_writable(own),
-        **({"local/classes": round_.by_class(job.data.classes, kept)} if kept else {}),
+        **({"local/classes": round_.by_class(job.data.classes, kept)} if kept and accountant is None else {}),
+        **(_writable(accountant.after(number + 1)) if accountant is not None else {}),
         "seconds/train": round(trained - began, 4),
         "seconds/evaluate": round(time.perf_counter() - trained, 4),
     }
@@ -212,9 +226,11 @@ class Incoming:
     """The updates of a round as they arrive, in the order of the clients' ids; replies without usable update are noted
     and passed over. BatchNorm statistics are averaged on the way, with the weights of the updates."""
 
-    def __init__(self, replies: Iterator[Reply], bn_var: str, server: Server, means: bool = False) -> None:
-        """means: whether the record has the means of what clients measured."""
-        self._replies, self._server, self._means = replies, server, means
+    def __init__(
+        self, replies: Iterator[Reply], bn_var: str, server: Server, means: bool = False, private: bool = False
+    ) -> None:
+        """means: whether the record has the means of what clients measured; private: nothing of it is in there."""
+        self._replies, self._server, self._means, self._private = replies, server, means, private
         self._first: Reply | None = None
         self._statistics = Statistics(server.layout, bn_var)
         self._losses: list[float] = []
@@ -274,10 +290,9 @@ class Incoming:
 
     def record(self) -> dict[str, Any]:
         """What the round's record says about its clients."""
+        measured = {**self.metrics(), "train/loss": self.loss(), "train/steps": self.steps}
         return {
-            **self.metrics(),
-            "train/loss": self.loss(),
-            "train/steps": self.steps,
+            **({} if self._private else measured),
             "bytes/up": self.up,
             "bytes/down": self.down,
             "clients": self.done,
@@ -318,9 +333,9 @@ def _enough(config: Config, number: int, incoming: Incoming) -> None:
     error: RunError | None = None
     if incoming.failed and config.on_failure == "stop":
         error = RunError(f"round {number + 1}: {reasons} (on_failure = 'stop')")
-    elif len(incoming.done) < config.min_clients:
+    elif len(incoming.done) < config.min_replies:
         error = TooFewClients(
-            f"round {number + 1}: {len(incoming.done)} usable updates, min_clients = {config.min_clients}: {reasons}"
+            f"round {number + 1}: {len(incoming.done)} usable updates, min_replies = {config.min_replies}: {reasons}"
         )
     if error is None:
         return
@@ -388,11 +403,12 @@ def describe(job: Job, folder: Path, label: str, resume: bool = False) -> None:
             if before and now_used and before["fingerprint"] != now_used["fingerprint"]:
                 job.warn(f"{key} is not the one this run began with: its images are made anew, and numbers will differ")
     write_json(folder / "manifest.json", manifest)
-    job.partition.save(folder / "partition.json")
-    write_json(
-        folder / "balanced.json",
-        {"real": [plan.real.tolist() for plan in plans], "fake": [plan.fake.tolist() for plan in plans]},
-    )
+    if bool(job.partition.counts.any()):  # what sites hold is theirs to know
+        job.partition.save(folder / "partition.json")
+        write_json(
+            folder / "balanced.json",
+            {"real": [plan.real.tolist() for plan in plans], "fake": [plan.fake.tolist() for plan in plans]},
+        )
     write(folder / "config.toml", config.toml().encode())
 
 

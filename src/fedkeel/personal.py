@@ -26,6 +26,7 @@ from fedkeel.records import Local, Phase, Samples, Server
 
 if TYPE_CHECKING:
     from fedkeel.job import Job
+    from fedkeel.runtimes.base import Curve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,29 +80,22 @@ def test_sets(counts: Tensor, total: Tensor, test_y: Tensor, options: Personal, 
     return [torch.cat(part).sort().values if part else nothing for part in parts]
 
 
-def measure(
-    job: Job, server: Server, accepted: Mapping[int, int], before: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Personal metrics after a round, by full name.
+def measure(job: Job, curves: Sequence[Curve], before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Personal metrics after a round, by full name, from each client's `curve_of`.
 
     `personal/clients` is each client's accuracy with its model as it is now (None without test images), after tuning
     where the method tunes; the others are means over clients, and over test images under `_weighted`. The best is each
     client's best over the epochs of tuning, or over the rounds measured so far (`before` holds their records);
     `personal/evaluations` says of how many models that is, those before tuning and of this round included.
     """
-    sets = job.personal_tests
     rounds = [record["personal/clients"] for record in before if "personal/clients" in record]
     final: list[float | None] = []
     best: list[float | None] = []
-    for client in range(job.clients):
-        if len(sets[client]) == 0:
-            final.append(None)
-            best.append(None)
-            continue
-        curve = curve_of(job, server, accepted, client)
-        final.append(curve[-1])
-        best.append(max(curve) if job.tunes else max([curve[-1], *(accuracies[client] for accuracies in rounds)]))
-    sizes = [len(rows) for rows in sets]
+    for client, (curve, _) in enumerate(curves):
+        final.append(curve[-1] if curve else None)
+        earlier = [then for record in rounds if (then := record[client]) is not None]
+        best.append(max(curve if job.tunes else [curve[-1], *earlier]) if curve else None)
+    sizes = [size for _, size in curves]
     return {
         "personal/accuracy_last": _mean(final, [1] * len(sizes)),
         "personal/accuracy_best": _mean(best, [1] * len(sizes)),
@@ -112,13 +106,25 @@ def measure(
     }
 
 
-def curve_of(job: Job, server: Server, accepted: Mapping[int, int], client: int) -> list[float]:
+def curves(job: Job, server: Server, accepted: Mapping[int, int]) -> list[Curve]:
+    """`curve_of` for each client, one after another."""
+    return [
+        curve_of(job, server, client, job.store.open(client, accepted.get(client)), job.mail(server, client))
+        for client in range(job.clients)
+    ]
+
+
+def curve_of(
+    job: Job, server: Server, client: int, state: Mapping[str, Tensor] | None, mail: Mapping[str, Tensor]
+) -> Curve:
     """Accuracies of a client's own model on its test set, before tuning and, where the method tunes, after each epoch
-    of SGD on its samples (ReGL, section 4.2 and appendix B)."""
-    options = job.config.personal
-    local = job.worker.open(server, client, job.store.open(client, accepted.get(client)), job.mail(server, client))
-    job.method.personalise(local)
+    of SGD on its samples (ReGL, section 4.2 and appendix B); none, where it has no test images. state: what it kept."""
     rows = job.personal_tests[client]
+    if len(rows) == 0:
+        return [], 0
+    options = job.config.personal
+    local = job.worker.open(server, client, state, mail)
+    job.method.personalise(local)
     x, y = job.data.test_x[rows], job.data.test_y[rows]
 
     def accuracy() -> float:
@@ -136,7 +142,7 @@ def curve_of(job: Job, server: Server, accepted: Mapping[int, int], client: int)
             local.model.train()
             descend(local, Algorithm(), training, job.worker.weights, Phase(1))
             curve.append(accuracy())
-    return curve
+    return curve, len(rows)
 
 
 def tuning_samples(job: Job, local: Local) -> Samples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,11 @@ Record = Mapping[str, Any]
 def numbers(record: Record) -> dict[str, Any]:
     """A record without its times: what must be equal between two runs of one configuration."""
     return {key: value for key, value in record.items() if not key.startswith("seconds/")}
+
+
+def epsilon(value: float | None) -> str:
+    """Epsilon of a round's record in words, rounded up; None stands for infinity there."""
+    return "∞" if value is None else f"{math.ceil(100 * value) / 100:.2f}"
 
 
 class RoundLog:
@@ -98,6 +104,7 @@ class Console:
     def started(self, label: str, rounds: int, done: int) -> None:
         self.bars.start()
         self._making = self._tuning = None
+        self._note = ""
         self._round = self.bars.add_task(label, total=rounds, completed=done, note="")
 
     def generating(self, done: int, total: int) -> None:
@@ -114,7 +121,9 @@ class Console:
         accuracy = record.get("global/accuracy")
         self.bars.update(self._round, completed=record["round"])
         if accuracy is not None:
-            self.bars.update(self._round, note=f"accuracy {accuracy:.1%}")
+            self._note = f"accuracy {accuracy:.1%}"
+        spent = f"ε {epsilon(record['privacy/epsilon'])}" if "privacy/epsilon" in record else ""
+        self.bars.update(self._round, note=", ".join(filter(None, [self._note, spent])))
 
     def warned(self, text: str) -> None:
         self.bars.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)

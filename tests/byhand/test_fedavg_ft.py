@@ -27,9 +27,9 @@ def test_tuning_starts_at_the_global_model_and_is_sgd(data):
     job = Job(tiny.config("algorithm.name=fedavg_ft", *TUNED, "personal.batch=24", "personal.lr=0.1"), data)
     server = job.first_server()
     before = job.measure(job.worker.model)
-    curve = curve_of(job, server, {}, 1)
+    curve, images = curve_of(job, server, 1, None, {})
     after = job.worker.weights.params.clone()
-    assert len(curve) == 4
+    assert len(curve) == 4 and images == len(job.personal_tests[1])
 
     job.worker.load(server)
     assert job.measure(job.worker.model) == before  # the global model is as it was

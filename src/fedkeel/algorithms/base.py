@@ -46,6 +46,9 @@ class Algorithm:
     """Whether a personal model is the final one tuned on the client's samples (section [personal])."""
     has_global: ClassVar[bool] = True
     """Whether the server's weights are a model by themselves; without one, `global/...` metrics are left out."""
+    sums: ClassVar[bool] = True
+    """Whether `aggregate` looks at weighted sums of updates only (and at what it makes of them), never at single ones.
+    [privacy] and [robust] take no other methods. A subclass with an `aggregate` of its own has to say so itself."""
     generates: ClassVar[bool] = False
     """Whether the server trains on synthetic images, which no client's `plan` shows."""
     trial: ClassVar[Mapping[str, object]] = {}
@@ -62,6 +65,11 @@ class Algorithm:
     denominator: Literal["participants", "all"] = option(
         "participants", "average over the participants, or over all clients with the absent ones unchanged"
     )
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "aggregate" in vars(cls) and "sums" not in vars(cls):
+            cls.sums = False
 
     def __post_init__(self) -> None:
         if self.weights == "trained" and self.denominator == "all":
@@ -146,6 +154,10 @@ class Algorithm:
             step = step * self.part_of_all(server, total)
         return replace(server, params=server.params + step)
 
+    def only_sums(self) -> bool:
+        """`sums`, of this method and of what it works over."""
+        return self.sums
+
     def part_of_all(self, server: Server, total: float) -> float:
         """Part of all clients' weights that updates of weight `total` stand for: |S| / N, or sum n_k / n by size."""
         return total / (server.samples if self.weights == "samples" else server.clients)
@@ -174,6 +186,8 @@ class Algorithm:
 @dataclass(frozen=True, kw_only=True)
 class Over(Algorithm):
     """A method that works over another one: every hook it does not override is the other's."""
+
+    sums: ClassVar[bool] = True  # see `only_sums`
 
     base: Algorithm = field(default_factory=Algorithm, metadata={"hidden": True})
 
@@ -229,3 +243,6 @@ class Over(Algorithm):
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> Server:
         return self.inner.aggregate(server, updates)
+
+    def only_sums(self) -> bool:
+        return self.sums and self.base.only_sums()

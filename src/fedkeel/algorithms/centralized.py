@@ -40,6 +40,7 @@ class Centralized(Algorithm):
     paper: ClassVar[str] = "none: pooled training"
     pooled: ClassVar[bool] = True
     unused: ClassVar[tuple[str, ...]] = ("weights", "denominator")  # of one client
+    sums: ClassVar[bool] = False  # the data cross
 
     budget: Literal["equal", "given"] = option(
         "equal", "work in a round: as much as the clients of a round do together, or what [local] says"

@@ -48,6 +48,7 @@ class DynaFed(Algorithm):
     """Algorithm 1, with the objective of equation 4; defaults are those of the authors' script for CIFAR-10."""
 
     paper: ClassVar[str] = "Pi et al. 2023, arXiv 2211.10878"
+    sums: ClassVar[bool] = True  # it learns from averages
 
     weights: Literal["samples", "uniform", "trained"] = option(
         "uniform", "weight of a client in the average: the same for all as in the authors' code, or its samples"

@@ -48,6 +48,7 @@ class FBL(Over):
     """Algorithm 1, over FedAvg or, through the section [balance] of a configuration, over any other method."""
 
     paper: ClassVar[str] = "Li, Xu et al. 2026, arXiv 2601.14042"
+    sums: ClassVar[bool] = True  # of changes, and of who trained which row
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {  # Table III
         "M1": {"sampling": "random", "align": False, "drop": 0, "carry": 0.0},
         "M2": {"sampling": "loss", "align": False, "drop": 0, "carry": 0.0},

@@ -50,6 +50,7 @@ class FedAMP(Algorithm):
     paper: ClassVar[str] = "Huang et al. 2021, arXiv 2007.03797"
     kind: ClassVar[Literal["global", "personal"]] = "personal"
     has_global: ClassVar[bool] = False
+    sums: ClassVar[bool] = False  # compares clients' models
     unused: ClassVar[tuple[str, ...]] = ("weights", "denominator")  # of an average that nobody is sent
 
     form: Literal["exact", "heuristic"] = option("exact", "weights by distance, or by cosine (HeurFedAMP)")

@@ -48,6 +48,7 @@ class FedCAC(Algorithm):
     paper: ClassVar[str] = "Wu et al. 2023, arXiv 2309.11103"
     kind: ClassVar[Literal["global", "personal"]] = "personal"
     has_global: ClassVar[bool] = False
+    sums: ClassVar[bool] = False  # keeps clients' models and marks
     trial: ClassVar[Mapping[str, object]] = {"beta": 9}
 
     tau: float = option(

@@ -56,6 +56,7 @@ class FedCDA(Algorithm):
     mean F_k(w_k) + L/2 mean |w_k|^2 - L/2 |mean w_k|^2 least."""
 
     paper: ClassVar[str] = "Wang et al., ICLR 2024"
+    sums: ClassVar[bool] = False  # chooses among clients' models
 
     kept: int = option(3, "models kept of each client (K)", ge=1, grid=(1, 2, 3, 4), off=1)
     groups: int = option(3, "groups of participants, whose models are chosen one group after another (b)", ge=1)

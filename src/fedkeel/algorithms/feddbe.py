@@ -39,6 +39,7 @@ class FedDBE(Algorithm):
     """Loss CE(H(f + v), y) + kappa mean_d 1/2 (r - z_g)^2, r being the running mean of the features f."""
 
     paper: ClassVar[str] = "Zhang et al. 2023, arXiv 2311.14975"
+    sums: ClassVar[bool] = True  # of changes and of mean features
     kind: ClassVar[Literal["global", "personal"]] = "personal"
 
     kappa: float = option(50.0, "strength of the mean regulariser (kappa)", ge=0, grid=(0.1, 1.0, 10.0, 50.0, 100.0))

@@ -41,6 +41,7 @@ class FedDyn(Algorithm):
     """
 
     paper: ClassVar[str] = "Acar et al. 2021, arXiv 2111.04263"
+    sums: ClassVar[bool] = True  # h is a sum, too
 
     weights: Literal["samples", "uniform"] = option(
         "uniform", "the paper averages uniformly; samples weighs clients by size, in the mean and in h"

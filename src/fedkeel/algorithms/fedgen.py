@@ -39,6 +39,7 @@ class FedGen(Algorithm):
     """Algorithm 1. The first round is FedAvg's: there is no generator yet."""
 
     paper: ClassVar[str] = "Zhu, Hong, Zhou 2021, arXiv 2105.10056"
+    sums: ClassVar[bool] = False  # learns from clients' heads and label counts
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {  # of the paper's code
         "mnist": {"noise_size": 32, "hidden": 256, "noise": "uniform", "labels": "uniform"},
         "emnist": {

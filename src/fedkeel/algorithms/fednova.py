@@ -40,6 +40,7 @@ class FedNova(FedProx):
     """
 
     paper: ClassVar[str] = "Wang et al. 2020, arXiv 2007.07481"
+    sums: ClassVar[bool] = False  # divides each change by that client's work
 
     mu: float = option(0.0, "strength of the local solver's proximal term (mu)", ge=0, grid=(0.0, 1e-3, 1e-2, 1e-1))
     effective: Literal["gradients", "steps"] = option(

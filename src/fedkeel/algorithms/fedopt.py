@@ -48,6 +48,7 @@ class FedAvgM(FedOpt):
     """m <- beta m + Delta, x <- x + eta_g m: no factor 1 - beta."""
 
     paper: ClassVar[str] = "Hsu et al. 2019, arXiv 1909.06335"
+    sums: ClassVar[bool] = True  # momentum is of the average
 
     beta: float = option(0.9, "server momentum (beta)", ge=0, lt=1, grid=(0.7, 0.9, 0.97, 0.99), off=0.0)
     nesterov: bool = option(False, "Nesterov momentum: the step is Delta + beta m")
@@ -63,6 +64,8 @@ class FedAvgM(FedOpt):
 @dataclass(frozen=True, kw_only=True)
 class Adaptive(FedOpt, ABC):
     """Algorithm 2, up to the rule for v."""
+
+    sums: ClassVar[bool] = True  # so are both moments
 
     beta1: float = option(0.9, "decay of the mean of changes (beta_1)", ge=0, lt=1)
     tau: float = option(1e-3, "degree of adaptivity (tau)", gt=0, grid=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1))

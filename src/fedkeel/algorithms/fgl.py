@@ -38,6 +38,7 @@ class FGL(Algorithm):
     paper: ClassVar[str] = "Zhang et al. 2023, arXiv 2306.16064"
     generates: ClassVar[bool] = True
     trial: ClassVar[Mapping[str, object]] = {"volume": 1, "epochs": 1}
+    sums: ClassVar[bool] = False  # counts who has which class
 
     mode: Literal["one_shot", "multi"] = option(
         "multi", "the model of round 0 is the result, or what FedAvg starts from in the other rounds"

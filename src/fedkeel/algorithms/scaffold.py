@@ -34,6 +34,7 @@ class Scaffold(Algorithm):
     """Algorithm 1. Control variates cover trainable parameters only and start at zero, on every client."""
 
     paper: ClassVar[str] = "Karimireddy et al. 2020, arXiv 1910.06378"
+    sums: ClassVar[bool] = True  # of changes and of control variates
 
     weights: Literal["samples", "uniform"] = option(
         "uniform", "the paper averages uniformly; samples weighs clients by size and c by n_k / n"

@@ -34,6 +34,7 @@ class Separate(Algorithm):
     paper: ClassVar[str] = "none: local training only"
     kind: ClassVar[Literal["global", "personal"]] = "personal"
     has_global: ClassVar[bool] = False
+    sums: ClassVar[bool] = False  # nothing crosses
     unused: ClassVar[tuple[str, ...]] = ("weights", "denominator")  # there is no average
 
     train_all: bool = option(True, "all clients train in every round, not only those drawn for it")

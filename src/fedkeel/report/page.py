@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 import fedkeel.report.plots as plots
 from fedkeel.files import write
+from fedkeel.options import build
+from fedkeel.record import epsilon
 from fedkeel.report.html import opening, own
 from fedkeel.report.runs import Method, RunData, in_order, is_class, methods
 from fedkeel.report.table import columns, duration, leader, percent, size, summarise
@@ -83,6 +85,8 @@ def _header(runs: Sequence[RunData], title: str) -> str:
         ("Seeds", ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))),
         ("Generator", _each(_phrase(run.manifest.get("generator")) for run in runs)),
         ("Model", _each(_phrase(run.config.get("model")) for run in runs)),
+        ("Privacy", _each(_privacy(run) for run in runs)),
+        ("Robust", _each(_phrase(run.config.get("robust")) for run in runs)),
         ("Hardware", _each(_phrase(run.manifest.get("hardware")) for run in runs)),
         ("Versions", _each(_versions(run) for run in runs)),
     ]
@@ -498,6 +502,24 @@ def _versions(run: RunData) -> str:
 def _clients(run: RunData) -> int | None:
     clients = run.config.get("clients")
     return clients if isinstance(clients, int) else None if run.counts is None else len(run.counts)
+
+
+def _privacy(run: RunData) -> str:
+    """What clients were promised and what it came to; "" without [privacy]."""
+    table, clients = run.config.get("privacy"), _clients(run)
+    if not isinstance(table, Mapping) or clients is None:
+        return ""
+    from fedkeel.privacy import Privacy  # brings torch, which a page needs for nothing else
+
+    options = build(Privacy, table, "privacy")
+    text = f"clip {options.clip:g}, noise multiplier {options.noise_multiplier:g}"
+    rounds, values = run.series("privacy/epsilon")
+    known = run.series("privacy/epsilon_known")[1]
+    if not values or not known:
+        return f"{text}: no bound on epsilon"
+    far = f"epsilon {epsilon(values[-1])} ({epsilon(known[-1])} where it is known who took part)"
+    seeded = ", noise from the seed" if options.randomness == "seed" else ""
+    return f"{far} at delta {options.delta_of(clients):.3g} after {rounds[-1]} rounds; {text}{seeded}"
 
 
 def _partition(run: RunData) -> str:

@@ -37,6 +37,8 @@ NAMES = {
     "personal/accuracy_best": "Accuracy of personal models, best",
     "train/loss": "Training loss",
     "train/steps": "Local steps a round, all clients",
+    "privacy/epsilon": "Privacy spent: epsilon",
+    "privacy/epsilon_known": "Privacy spent: epsilon where it is known who took part",
     "method/participants/accuracy": "FedDyn: accuracy of the participants' mean model",
     "method/participants/loss": "FedDyn: loss of the participants' mean model",
     "method/loss": "FedCDA: mean loss of the chosen models",

@@ -21,7 +21,7 @@ from fedkeel.errors import DataError
 TAIL = 10  # the headline is the mean over the last ten evaluated rounds
 PHASES = ("generate", "train", "aggregate", "evaluate", "checkpoint")
 _CLASS = "global/class/"
-_SO_FAR = ("personal/accuracy_best", "personal/evaluations")
+_SO_FAR = ("personal/accuracy_best", "personal/evaluations", "privacy/")
 _FREE = {"name", "seed", "runs_dir", "device", "runtime"}  # settings in which repetitions of one method may differ
 
 

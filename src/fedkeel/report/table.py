@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
+from fedkeel.record import epsilon
 from fedkeel.report.runs import Method, RunData, is_class, methods
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_ROOMS = ("global/", "local_before/", "local_after/", "personal/")
+_ROOMS = ("global/", "local_before/", "local_after/", "personal/", "privacy/")
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
             for heading, metric in optional
             if any(metric in row.metrics for row in rows)
         ),
+        *([Column("ε", _epsilon)] if any("privacy/epsilon" in row.metrics for row in rows) else []),
         Column("Up", lambda row: size(row.up)),
         Column("Down", lambda row: size(row.down)),
         Column("Time", lambda row: duration(sum(row.seconds.values()))),
@@ -198,6 +200,11 @@ def _row(method: Method) -> Row:
         seconds=method.seconds(),
         failed=sum(len(run.failed) for run in method.runs),
     )
+
+
+def _epsilon(row: Row) -> str:
+    """What the run cost its clients in privacy; a dash without [privacy] and for what has no bound."""
+    return epsilon(row.metrics["privacy/epsilon"]) if "privacy/epsilon" in row.metrics else "–"
 
 
 def _headline(row: Row) -> str:

@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from fedkeel.records import Reply, Server
+
+if TYPE_CHECKING:
+    from fedkeel.job import Job
+
+Progress = Callable[[int, int], None]
+"""Called with how much is done and how much there is."""
+Tuning = Callable[[int, int, int], None]
+"""Called with a client, and the same of what it does."""
+Curve = tuple[Sequence[float], int]
+"""Accuracies of a client's own model, the present one last, and on how many test images; none without any."""
+
+
+class Engine(Protocol):
+    """The options of a runtime: a registered frozen dataclass (room "runtimes")."""
+
+    remote: ClassVar[bool]
+    """Whether what clients keep lies on other machines: checkpoints then have no copy of it."""
+
+    def start(self, job: Job) -> Runtime:
+        """A runtime for this job."""
+        ...
 
 
 class Runtime(Protocol):
@@ -19,6 +40,15 @@ class Runtime(Protocol):
         accepted: the last round the server accepted from each client that it has accepted anything from. measure:
         those of the clients that report accuracies before and after training.
         """
+        ...
+
+    def prepare(self, generating: Progress, tuning: Tuning) -> int:
+        """Before the first round: clients tune their generators and make the images they need. How many images were
+        made, or found, on this machine."""
+        ...
+
+    def personal(self, server: Server, accepted: Mapping[int, int]) -> list[Curve]:
+        """How each client's own model does on its test images (see `personal.curve_of`)."""
         ...
 
     def close(self) -> None:

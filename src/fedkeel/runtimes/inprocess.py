@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from fedkeel import personal
 from fedkeel.records import Reply, Server
 from fedkeel.registry import register
+from fedkeel.runtimes.base import Curve, Progress, Tuning
 
 if TYPE_CHECKING:
     from fedkeel.job import Job
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class InProcess:
     """One process, one client at a time: the reference that the other runtimes are held against."""
+
+    remote: ClassVar[bool] = False
 
     def start(self, job: Job) -> InProcessRuntime:
         """A runtime for this job."""
@@ -39,6 +43,12 @@ class InProcessRuntime:
             if not reply.failure:
                 self.job.store.put(client, server.round, reply.state)
             yield reply
+
+    def prepare(self, generating: Progress, tuning: Tuning) -> int:
+        return self.job.generate(generating, tuning)
+
+    def personal(self, server: Server, accepted: Mapping[int, int]) -> list[Curve]:
+        return personal.curves(self.job, server, accepted)
 
     def close(self) -> None:
         """Nothing is held."""
