@@ -1,0 +1,436 @@
+"""The server of a federation: the ordinary round loop over clients on other machines (see flower_roster.py)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import time
+import tomllib
+import uuid
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from fedkeel import loop
+from fedkeel.config import Config, parse
+from fedkeel.data.dataset import Dataset
+from fedkeel.errors import ConfigError, FedkeelError, RunError, TooFewClients
+from fedkeel.files import write_json
+from fedkeel.job import Holdings, Job
+from fedkeel.local import payload, size_of
+from fedkeel.partition.manifest import Partition
+from fedkeel.partition.sites import Sites
+from fedkeel.record import Record, epsilon
+from fedkeel.records import Reply, Samples, Server
+from fedkeel.rng import Streams
+from fedkeel.runtimes import wire
+from fedkeel.runtimes.base import Curve, Progress, Tuning
+from fedkeel.runtimes.flower_client import name_of
+from fedkeel.runtimes.flower_roster import NEWCOMERS, Awaited, Letter, Lost, Post, Roster, gather, send, warnings_of
+from fedkeel.runtimes.wire import Gate, Malformed, Packet
+
+RETRIES = 5
+"""Times that a round is tried again before too few usable updates fail the run."""
+PAUSE = 5.0
+"""Seconds before a round is tried again."""
+NOTE = "federation.json"
+"""In the run's folder."""
+
+
+@dataclass(frozen=True)
+class Federated:
+    """The engine of a run on a federation. folder: the run's. everyone: whether to wait for all clients at first."""
+
+    remote: ClassVar[bool] = True
+
+    roster: Roster
+    folder: Path | None
+    everyone: bool = True
+
+    def start(self, job: Job) -> FlowerRuntime:
+        """Waits for the clients. Raises TooFewClients when fewer than min_replies have come in the end."""
+        config, roster = job.config, self.roster
+        roster.facts["experiment"] = experiment(self.folder, roster.samples)
+        if not isinstance(config.partition, Sites):
+            roster.check(job.partition.hash)
+        gather(roster, range(job.clients), config, self.everyone)
+        return FlowerRuntime(job, roster)
+
+
+class FlowerRuntime:
+    """See runtimes/base.py."""
+
+    def __init__(self, job: Job, roster: Roster) -> None:
+        self.job, self.roster, self.post = job, roster, roster.post
+        self.options = job.config.federation
+        limit = self.options.max_reply
+        model = size_of((job.worker.weights.flat,))
+        self.limit = 16 * model + 64 * wire.MIB if limit is None else limit * wire.MIB
+        self._preparing: dict[int, tuple[int, Awaited]] = {}  # node and answer, by client
+        self._prepared: set[int] = set()  # nodes
+        self._said: set[str] = set()
+
+    # rounds -----------------------------------------------------------------------------------------------------------
+
+    def run(
+        self, server: Server, clients: Sequence[int], accepted: Mapping[int, int], measure: Collection[int]
+    ) -> Iterator[Reply]:
+        roster, job = self.roster, self.job
+        roster.admit(NEWCOMERS)
+        wanted = min(job.config.min_replies, len(clients))
+        if sum(roster.node_of(client) is not None for client in clients) < wanted:
+            missing = ", ".join(roster.name(client) for client in clients if roster.node_of(client) is None)
+            roster.say(f"round {server.round + 1}: waiting for {missing}")
+            roster.wait(clients, wanted, self.options.join_wait)
+        self._prepare_late()
+        while len(ready := [k for k in clients if self._ready(k)]) < wanted and self._preparing.keys() & set(clients):
+            time.sleep(0.2)
+            self._prepare_late()
+        answers = self._send("train.fit", server, ready, accepted, self.options.deadline, measure)
+        expected = rehearsed(job, server, clients[0])  # while clients train
+        for client in clients:
+            if client not in answers:
+                why = "its images are still being made" if client in self._preparing else NO_NODE
+                yield Reply(client, failure=why)
+                continue
+            answer = answers.pop(client).wait()
+            if isinstance(answer, Lost):
+                reply = Reply(client, failure=answer.reason)
+            else:
+                likely = expected or wire.assumed(answer, server, job.method.sends())
+                reply = self._gate(server, likely).reply(answer, client)
+                if not reply.failure:
+                    expected = likely
+                self._heed(client, answer)
+            yield replace(reply, bytes_down=0 if job.method.pooled else self._down(server, client))
+
+    def _gate(self, server: Server, expected: Mapping[str, wire.Kind]) -> Gate:
+        job = self.job
+        return Gate(server.round, expected, metric_names(job.data.classes), self.limit, job.method.pooled)
+
+    def _heed(self, client: int, answer: Packet) -> None:
+        """Passes on what a client warns of; a node that is another client by now has to join again."""
+        if wire.too_large(answer, self.limit):
+            return
+        try:
+            facts = wire.loads(answer.text)
+        except Malformed:
+            return
+        for text in warnings_of(facts):
+            self._warn(f"{self.roster.name(client)}: {text}")
+        node = self.roster.node_of(client)
+        if node is not None and facts.get("client", client) != client:
+            self.roster.leave(node)
+
+    def _warn(self, text: str) -> None:
+        """Once: a client has a new process for each message, which warns of the same again."""
+        if text not in self._said:
+            self._said.add(text)
+            self.job.warn(text)
+
+    def _down(self, server: Server, client: int) -> int:
+        mail = self.job.mail(server, client)
+        without = server.params if "params" in mail else server.params[:0]  # sent instead of the server's
+        return payload(server) + size_of(tuple(mail.values())) - size_of((without,))
+
+    def _send(
+        self,
+        action: str,
+        server: Server,
+        clients: Sequence[int],
+        accepted: Mapping[int, int],
+        seconds: float,
+        measure: Collection[int] = (),
+    ) -> dict[int, Awaited]:
+        """Sends the server's state to clients that have nodes."""
+        shared = {name: wire.raw(tensor) for name, tensor in wire.public(server).items()}
+        there = {client: node for client in clients if (node := self.roster.node_of(client)) is not None}
+
+        def letters() -> Iterator[Letter]:
+            for client, node in there.items():
+                facts = {
+                    **self.roster.facts,
+                    "client": client,
+                    "round": server.round,
+                    "accepted": accepted.get(client),
+                    "needed": sorted(self.job.checkpointed(client)),
+                    "measure": client in measure,
+                    "deadline": seconds,
+                }
+                yield Letter(node, action, wire.down(shared, self.job.mail(server, client), facts), seconds)
+
+        return dict(zip(there, send(self.post, letters(), len(there)), strict=True))
+
+    # before and after rounds ------------------------------------------------------------------------------------------
+
+    def prepare(self, generating: Progress, tuning: Tuning) -> int:
+        """Clients make their images where they are: none of them is on this machine."""
+        clients = [client for client in self.roster.clients if self._makes_images(client)]
+        self._ask_to_prepare(clients)
+        for done, client in enumerate(clients):
+            generating(done, len(clients))
+            self._preparing[client][1].wait()
+            self._note_prepared(client)
+        if clients:
+            generating(len(clients), len(clients))
+        return 0
+
+    def _makes_images(self, client: int) -> bool:
+        """Whether this client trains on images of its own making; of a site as far as the method tells."""
+        job = self.job
+        if client >= job.clients or job.generator_of(client) is None:
+            return False
+        counts = job.counts[client]
+        if isinstance(job.config.partition, Sites):  # what it holds is not known here: say, a single class
+            counts = torch.zeros_like(counts)
+            counts[0] = 100
+        return int(job.method.plan(counts, job.profiles[client]).fake.sum()) > 0
+
+    def _ask_to_prepare(self, clients: Sequence[int]) -> None:
+        seconds, facts = self.options.generation_deadline, self.roster.facts
+        there = [(k, node) for k in clients if (node := self.roster.node_of(k)) is not None]
+        packets = (Packet({}, wire.dumps({**facts, "client": k, "deadline": seconds})) for k, _ in there)
+        letters = (Letter(node, "train.prepare", each, seconds) for (_, node), each in zip(there, packets, strict=True))
+        answers = send(self.post, letters, len(there))
+        self._preparing |= {k: (node, answer) for (k, node), answer in zip(there, answers, strict=True)}
+
+    def _prepare_late(self) -> None:
+        """Has clients that joined since make their images, beside the rounds."""
+        for client, (node, answer) in list(self._preparing.items()):
+            if answer.done or node != self.roster.node_of(client):
+                self._note_prepared(client)
+        self._ask_to_prepare([k for k in self.roster.clients if k not in self._preparing and not self._ready(k)])
+
+    def _ready(self, client: int) -> bool:
+        """Whether this client can train in a round."""
+        return not self._makes_images(client) or self.roster.node_of(client) in self._prepared
+
+    def _note_prepared(self, client: int) -> None:
+        """What came of a client's preparing; one that failed makes its images when it trains, or says why not."""
+        node, answer = self._preparing.pop(client)
+        if not answer.done:  # its node has left
+            return
+        found, name = answer.wait(), self.roster.name(client)
+        if isinstance(found, Lost):  # it is asked again before the next round
+            self._warn(f"{name} has not made its images: {found.reason}")
+            return
+        self._prepared.add(node)
+        try:
+            facts = wire.loads(found.text) if not wire.too_large(found, self.limit) else {"failure": "too large"}
+        except Malformed as error:
+            facts = {"failure": str(error)}
+        if failure := facts.get("failure"):
+            self._warn(f"{name} has not made its images: {wire.said(failure, 'failure')}")
+        for text in warnings_of(facts):
+            self._warn(f"{name}: {text}")
+
+    def personal(self, server: Server, accepted: Mapping[int, int]) -> list[Curve]:
+        roster, clients = self.roster, range(self.job.clients)
+        roster.admit(NEWCOMERS)
+        answers = self._send("evaluate.personal", server, clients, accepted, self.options.deadline)
+        out: list[Curve] = []
+        for client in clients:
+            try:
+                if client not in answers:
+                    raise Malformed(NO_NODE)
+                out.append(curve(answers.pop(client).wait(), client, self.limit))
+            except Malformed as error:
+                self.job.warn(f"{roster.name(client)}: its own model could not be measured: {error}")
+                out.append(([], 0))
+        return out
+
+    def close(self) -> None:
+        """Nothing is held: threads that still wait end with their deadlines, or with the process."""
+
+
+NO_NODE = "no node is connected for this client"
+
+
+def curve(answer: Packet | Lost, client: int, limit: float) -> Curve:
+    """A client's measured curve. Raises Malformed."""
+    if isinstance(answer, Lost):
+        raise Malformed(answer.reason)
+    if fault := wire.too_large(answer, limit):
+        raise Malformed(fault)
+    facts = wire.loads(answer.text)
+    if unlike := wire.differing(facts.get("versions"), wire.versions()):
+        raise Malformed(unlike)
+    if failure := facts.get("failure"):
+        raise Malformed(wire.said(failure, "failure"))
+    values, size = facts.get("curve"), facts.get("size")
+    right = isinstance(values, list) and all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
+    if not right or type(size) is not int or size < 0 or bool(values) != (size > 0) or facts.get("client") != client:
+        raise Malformed("its answer is no answer")
+    assert isinstance(values, list)
+    return values, size
+
+
+def rehearsed(job: Job, server: Server, client: int) -> dict[str, wire.Kind] | None:
+    """What a client sends in this round, by a step that the server trains for itself on noise; None where the method
+    cannot do that. The method's declaration has names only; what comes must have the right shapes too."""
+    worker, labels = copy.copy(job.worker), torch.arange(len(job.data.classes)).repeat(2)
+    shape = job.data.shape
+    noise = torch.randint(256, (len(labels), *shape), dtype=torch.uint8, generator=job.streams("rehearsal"))
+
+    def images(client: int, counts: torch.Tensor, first: int) -> Samples:
+        y = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        return Samples.fake_ones(torch.zeros((len(y), *shape), dtype=torch.uint8), y)
+
+    worker.data = lambda client: Samples.real_ones(noise, labels)
+    worker.images = images
+    worker.training = replace(worker.training, max_steps=1)
+    reply = worker.fit(server, client, None, None, job.mail(server, client))
+    if reply.update is None:
+        job.warn(f"the server cannot try what clients send: {reply.failure}")
+        return None
+    return wire.kinds(reply)
+
+
+def metric_names(classes: Sequence[str]) -> set[str]:
+    """What clients may be asked to measure."""
+    names = ["accuracy", "balanced_accuracy", "loss", *(f"class/{name}" for name in classes)]
+    return {f"local_{when}/{name}" for when in ("before", "after") for name in names}
+
+
+# the server's process -------------------------------------------------------------------------------------------------
+
+
+class Lines:
+    """Tells how a run goes, in lines on stdout: they are the run's log."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.done = 0
+
+    def say(self, text: str) -> None:
+        """One line."""
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+    def started(self, label: str, rounds: int, done: int) -> None:
+        self.done = done
+        self.say(f"{label}: {rounds} rounds" + (f", {done} of them are done" if done else ""))
+
+    def generating(self, done: int, total: int) -> None:
+        self.say(f"{done} of {total} clients have made their images")
+
+    def tuning(self, client: int, done: int, total: int) -> None: ...
+
+    def finished_round(self, record: Record) -> None:
+        self.done = int(record["round"])
+        parts = [f"round {record['round']}/{self.config.rounds}"]
+        if (accuracy := record.get("global/accuracy")) is not None:
+            parts.append(f"accuracy {accuracy:.1%}")
+        if (accuracy := record.get("personal/accuracy_last")) is not None:
+            parts.append(f"personal accuracy {accuracy:.1%}")
+        if "privacy/epsilon" in record:
+            parts.append(f"ε {epsilon(record['privacy/epsilon'])}")
+        parts += [f"{len(record['clients'])} clients", f"{record['seconds/train']:.1f} s"]
+        self.say(", ".join(parts))
+        for note in record["failed"]:
+            self.say(f"  client {name_of(note['client'], self.config)}: {note['reason']}")
+
+    def warned(self, text: str) -> None:
+        self.say(f"warning: {text}")
+
+    def ended(self) -> None: ...
+
+
+def serve(post: Post, settings: Mapping[str, object], runs_dir: str = "") -> loop.Result:
+    """Runs what the app's run-config asks for to its end: `config` (TOML), `resume`, `runs-dir`.
+
+    runs_dir: where runs lie that name no folder, "" = as in the configuration. A round with too few usable updates is
+    tried again a few times. Raises as `loop.run` does.
+    """
+    config = parse(tomllib.loads(str(settings["config"])))
+    place = str(settings.get("runs-dir") or "") or runs_dir or config.runs_dir
+    config = replace(config, runtime="flower", runs_dir=place)
+    lines, again = Lines(config), bool(settings.get("resume", False))
+    try:
+        check(config, again)
+        facts: dict[str, object] = {"config": config.toml(), "versions": wire.versions(), "experiment": "joining"}
+        data = config.data.load() if isinstance(config.partition, Sites) else None
+        if data is not None:
+            facts["images"] = {"classes": data.classes, "shape": data.shape, "mean": data.mean, "std": data.std}
+        roster = Roster(post, config, facts, lambda text: lines.warned(text))
+        holdings = None if data is None else held(config, data, roster)
+        return persisted(config, roster, holdings, lines, again)
+    except FedkeelError as error:
+        lines.say(f"error: {error}")
+        raise
+
+
+def check(config: Config, again: bool) -> None:
+    """Raises ConfigError for what cannot be done on a federation, before anybody is waited for."""
+    if not again and (config.folder / "config.toml").exists():
+        raise ConfigError("name", config.name, f"{config.folder} holds a run: resume it, or choose another name")
+    if not isinstance(config.partition, Sites):
+        return
+    if config.method.pooled:
+        raise ConfigError("algorithm.name", "pooled", "brings all data to one place, which sites do not allow")
+    if config.evaluate.validation:
+        own = "there are no train images on the server of sites to set aside"
+        raise ConfigError("evaluate.validation", config.evaluate.validation, own)
+
+
+def held(config: Config, data: Dataset, roster: Roster) -> Holdings:
+    """What the server knows of sites: their classes and shape, and, once they have joined, how many samples there are.
+
+    A site that joins later is not counted, where a method asks how many samples there are in all.
+    """
+    gather(roster, range(config.clients), config)
+    x, y = data.train_x[:0], data.train_y[:0]
+    noise = replace(config.noise, label_fraction=0.0)  # there are test images only
+    kept = noise.apply(replace(data, train_x=x, train_y=y), Streams(config.seed))
+    counts = torch.zeros((config.clients, len(data.classes)), dtype=torch.int64)
+    partition = Partition("sites", {}, config.seed, kept.fingerprint, (y,) * config.clients, counts)
+    _, known = noted(config.folder)
+    return Holdings(kept, partition, total=sum((known or roster.samples).values()))
+
+
+def persisted(config: Config, roster: Roster, holdings: Holdings | None, lines: Lines, again: bool) -> loop.Result:
+    """`loop.run`, gone on with after a round with too few usable updates until it fails too often."""
+    tries, before = 0, -1
+    while True:
+        engine = Federated(roster, config.folder, everyone=tries == 0)
+        try:
+            return loop.run(
+                config, folder=config.folder, listener=lines, resume=again, engine=engine, holdings=holdings
+            )
+        except TooFewClients as error:
+            tries, before = tries + 1 if lines.done == before else 1, lines.done
+            if tries > RETRIES:
+                raise
+            lines.warned(f"{error}; trying again ({tries} of {RETRIES})")
+            again = True
+            time.sleep(PAUSE)
+
+
+def noted(folder: Path | None) -> tuple[str, dict[int, int]]:
+    """What a run has noted of its federation: its experiment, "" where it has not begun; samples of those who joined
+    before it began. Raises RunError when the note cannot be read."""
+    path = None if folder is None else folder / NOTE
+    if path is None or not path.exists():
+        return "", {}
+    try:
+        table = json.loads(path.read_bytes())
+        return str(table["experiment"]), {int(client): int(count) for client, count in table["samples"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} cannot be read ({error}): clients' states cannot be told from other runs'") from error
+
+
+def experiment(folder: Path | None, samples: Mapping[int, int]) -> str:
+    """The name by which nodes keep what belongs to this run: made when it begins, the same when it is resumed."""
+    found, _ = noted(folder)
+    if not found:
+        found = uuid.uuid4().hex
+        if folder is not None:
+            write_json(
+                folder / NOTE,
+                {"experiment": found, "samples": {str(client): count for client, count in samples.items()}},
+            )
+    return found
