@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from fedkeel.deploy.commands import app as deploy_app
 from fedkeel.errors import CheckpointError, ConfigError, FedkeelError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class Commands(Group):
 app = typer.Typer(cls=Commands, pretty_exceptions_enable=False, add_completion=False)
 data_app = typer.Typer(cls=Group, help="Fetch data that does not come with fedkeel.", no_args_is_help=True)
 app.add_typer(data_app, name="data", rich_help_panel="Look")
+app.add_typer(deploy_app, name="deploy", cls=Group, rich_help_panel="Run")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.", show_default=False)]
 Overrides = Annotated[
@@ -364,7 +366,8 @@ def show(
     """The options of one thing: types, defaults, ranges, what they mean; of a method also what crosses.
 
     NAME is one of fedkeel list, with its room where two share it (models/cnn), or a section of a configuration: run
-    (the keys outside any section), local, pool, profiles, augment, noise, evaluate, personal.
+    (the keys outside any section), local, pool, profiles, augment, noise, evaluate, personal, federation, ray, privacy,
+    robust.
     """
     _quiet()
     from fedkeel.catalogue import find

@@ -1,0 +1,215 @@
+"""The server of a federation: Flower's superlink with safe flags, and the nodes whose public keys lie in a folder."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+
+from fedkeel.deploy.flower import Server, check_free, check_insecure, control, environment, program
+from fedkeel.deploy.keys import expires, files, hosts_of, public
+from fedkeel.errors import ConfigError, RunError
+from fedkeel.files import write_json
+
+START = 120.0
+"""Seconds within which the server must answer."""
+LOOK = 5.0
+"""Seconds between looks at the folder of keys."""
+GRACE = 15.0
+"""Seconds to end in, before a process is killed."""
+NODES = "nodes.json"
+"""Beside the keys: Flower's number of each node, by name."""
+ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+Say = Callable[[str], None]
+
+
+def command(host: str, port: int, database: Path, keys: Path | None) -> list[str]:
+    """The superlink's words: TLS and node keys, or plain HTTP where keys is None."""
+    words = [sys.executable, "-m", "fedkeel.deploy.superlink", "--host", host, "--port", str(port)]
+    words += ["--database", str(database), "--disable-runtime-dependency-installation"]
+    if keys is None:
+        return [*words, "--insecure"]
+    ca, certificate, key = (str(keys / name) for name in ("ca.crt", "server.crt", "server.key"))
+    words += ["--ssl-ca-certfile", ca, "--ssl-certfile", certificate, "--ssl-keyfile", key]
+    return [*words, "--enable-supernode-auth"]
+
+
+def serve(
+    keys: Path | None,
+    host: str = "0.0.0.0",
+    port: int = 8443,
+    database: Path = Path("federation/state.db"),
+    runs_dir: Path | None = None,
+    say: Say = print,
+) -> int:
+    """Runs the server until SIGINT or SIGTERM; returns the exit code.
+
+    keys: the folder of `fedkeel deploy keys`; nodes whose public key is put there later are let in, those whose key is
+    taken away are shut out. None: plain HTTP without keys, on this machine only. runs_dir: folder of runs that name
+    none. Raises ConfigError for what is wrong before the start.
+    """
+    program("flower-superlink")
+    here = ANY.get(host, host)
+    if keys is None:
+        check_insecure(host, "--host")
+    else:
+        files(keys, "ca.crt", "server.crt", "server.key")
+        if here not in hosts_of(keys):
+            names = f"the server's certificate names {', '.join(hosts_of(keys))} only (fedkeel deploy keys --host)"
+            raise ConfigError("--host", host, names)
+        left = expires(keys) - datetime.now(UTC)
+        if left.days < 30:
+            say(f"warning: the server's certificate ends on {expires(keys):%Y-%m-%d}; see `fedkeel deploy keys`")
+    check_free(host, port)
+    database = database.absolute()
+    database.parent.mkdir(parents=True, exist_ok=True)
+    more = {"FEDKEEL_RUNS_DIR": str(runs_dir.absolute())} if runs_dir else {}
+    env = environment(database.parent / "flower", **more)
+    (database.parent / "flower").mkdir(exist_ok=True)
+    server = Server(f"[{here}]:{port}" if ":" in here else f"{here}:{port}", keys)
+    stop = threading.Event()
+    groups: set[int] = set()
+    with ends(stop), running(command(host, port, database, keys), env, groups) as link:
+        if not _up(server, link, stop):
+            return _ended(link, stop, say)
+        groups |= groups_under(link.pid)  # they are not to be found once it is dead
+        say(
+            f"the server answers on {host}:{port}" + (" (plain HTTP, no keys)" if keys is None else " (TLS, node keys)")
+        )
+        admitted: list[str] | None = None
+        while not stop.is_set() and link.poll() is None:
+            if keys is not None and admitted != (there := sorted(public(keys))) and _admit(server, keys, say):
+                admitted = there
+            stop.wait(LOOK)
+        return _ended(link, stop, say)
+
+
+@contextmanager
+def ends(stop: threading.Event) -> Iterator[None]:
+    """SIGINT and SIGTERM set `stop`."""
+
+    def asked(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def running(words: Sequence[str], env: dict[str, str], groups: set[int]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that ends with the block: asked first, then killed, and its group, and the `groups`, with it."""
+    process: subprocess.Popen[bytes] = subprocess.Popen(
+        words, env=env, start_new_session=True, stdin=subprocess.DEVNULL
+    )
+    try:
+        yield process
+    finally:
+        finish(process, groups=groups)
+
+
+def finish(process: subprocess.Popen[bytes], grace: float = GRACE, groups: Iterable[int] = ()) -> None:
+    """Ends a process that leads a group, and whatever is left of that group, of `groups` and of its children's.
+
+    Flower's server starts others in groups of their own, and does not wait for them: one that goes on for a while
+    would still hold its run's folder.
+    """
+    left = {process.pid, *groups, *groups_under(process.pid)}
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(grace)
+    for group in left:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(group, signal.SIGKILL)
+    process.wait()
+
+
+def groups_under(process: int) -> set[int]:
+    """Process groups of a process's descendants, the caller's own left out."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,pgid="], capture_output=True, text=True, check=False).stdout
+    rows = [tuple(map(int, line.split())) for line in listed.splitlines()]
+    family, size = {process}, 0
+    while len(family) > size:
+        size = len(family)
+        family |= {pid for pid, parent, _ in rows if parent in family}
+    return {group for pid, _, group in rows if pid in family and pid != process} - {os.getpgrp()}
+
+
+def _up(server: Server, link: subprocess.Popen[bytes], stop: threading.Event) -> bool:
+    """Waits for the server. Raises RunError when it does not answer, or answers without its guard."""
+    for _ in range(int(START / 0.5)):
+        if stop.is_set() or link.poll() is not None:
+            return False
+        with suppress(OSError, http.client.HTTPException):
+            status, guarded = server.answer(timeout=5)
+            if not guarded:
+                raise RunError("this version of Flower starts without the guard of its commands; it was stopped")
+            if status == 200:
+                return True
+        stop.wait(0.5)
+    raise RunError(f"the server does not answer on {server.where} after {START:.0f} seconds; its log is above")
+
+
+def _ended(link: subprocess.Popen[bytes], stop: threading.Event, say: Say) -> int:
+    if stop.is_set():
+        say("stopping")
+        return 0
+    say(f"error: the server ended by itself with code {link.returncode}; its log is above")
+    return 1
+
+
+def _admit(server: Server, keys: Path, say: Say) -> bool:
+    """Registers nodes whose key is new in the folder, and shuts out those whose key is gone; whether all that went."""
+    known, there = registered(keys), public(keys)
+    try:
+        with control(server) as flower:
+            listed = _numbers(flower("supernode", "list", "--verbose").get("nodes"))
+            for name in [name for name in known if name not in there]:
+                number = known.pop(name)
+                if number in listed:
+                    flower("supernode", "unregister", number)
+                    say(f"node {name} is shut out: its key is gone from {keys}")
+            for name, path in there.items():
+                if known.get(name) in listed:
+                    continue
+                try:
+                    known[name] = str(flower("supernode", "register", str(path), "--name", name)["node-id"])
+                    say(f"node {name} may join")
+                except RunError as error:
+                    if "already in use" not in str(error):
+                        raise
+                    known[name] = ""  # registered by other means: its number is not told
+        write_json(keys / NODES, known)
+    except (RunError, ConfigError) as error:
+        say(f"warning: nodes are not registered yet: {error}")
+        return False
+    return True
+
+
+def registered(keys: Path) -> dict[str, str]:
+    """Flower's number of each node by name, {} where no server has noted any."""
+    try:
+        found = json.loads((keys / NODES).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return {str(name): str(number) for name, number in found.items()} if isinstance(found, dict) else {}
+
+
+def _numbers(nodes: object) -> set[str]:
+    """Numbers of the nodes that Flower lists, those it has forgotten left out."""
+    rows = nodes if isinstance(nodes, list) else []
+    return {str(row["node-id"]) for row in rows if row.get("status") != "unregistered"}

@@ -1,0 +1,454 @@
+"""Deployment: keys, the words and environment of Flower's programs, refusals; slow ones with real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import tiny
+from click.testing import Result
+from federation import SERVER, Federation
+from typer.testing import CliRunner
+
+from fedkeel import cli
+from fedkeel.deploy import flower, keys, node, server, submit, superlink
+from fedkeel.errors import ConfigError, MissingExtra, RunError
+
+pytest.importorskip("flwr", reason="needs the extra `flower`")
+APP = ("flower_app:server_app", "flower_app:client_app")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keys of a federation of two; not changed by tests."""
+    made = tmp_path_factory.mktemp("federation") / "keys"
+    keys.make_keys(made, ["fed.example.org", "10.1.2.3", "::2"], ["berlin", "paris"], days=90)
+    return made
+
+
+def deploy(*words: str | Path) -> Result:
+    """The command, as a shell would run it."""
+    return CliRunner().invoke(cli.app, ["deploy", *map(str, words)], prog_name="fedkeel")
+
+
+# keys -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_chain_verifies_for_the_servers_names_and_for_no_others(folder: Path) -> None:
+    from cryptography import x509
+    from cryptography.x509 import verification
+
+    ca, leaf = (x509.load_pem_x509_certificate((folder / name).read_bytes()) for name in ("ca.crt", "server.crt"))
+    policy = verification.PolicyBuilder().store(verification.Store([ca]))
+    for name in ("localhost", "fed.example.org"):
+        assert policy.build_server_verifier(x509.DNSName(name)).verify(leaf, []) == [leaf, ca]
+    with pytest.raises(verification.VerificationError):
+        policy.build_server_verifier(x509.DNSName("elsewhere.example.org")).verify(leaf, [])
+    assert keys.hosts_of(folder) == ["localhost", "fed.example.org", "127.0.0.1", "10.1.2.3", "::2"]
+    assert timedelta(89) < keys.expires(folder) - datetime.now(UTC) < timedelta(91)
+    assert ca.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length == 0
+
+
+def test_only_its_owner_can_read_a_private_key(folder: Path) -> None:
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert {name for name in modes if name.endswith(".key")} == {"ca.key", "server.key", "berlin.key", "paris.key"}
+    assert all((mode == 0o600) == name.endswith(".key") for name, mode in modes.items()), modes
+
+
+def test_node_keys_are_what_flower_reads(folder: Path) -> None:
+    from cryptography.hazmat.primitives import serialization as form
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = form.load_ssh_private_key((folder / "berlin.key").read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp384r1"
+    public = form.load_ssh_public_key((folder / "berlin.pub").read_bytes())
+    assert key.public_key() == public and (folder / "berlin.pub").read_text().startswith("ecdsa-sha2-nistp384 ")
+    assert public != form.load_ssh_public_key((folder / "paris.pub").read_bytes())
+
+
+def test_nodes_are_added_and_nothing_is_overwritten(tmp_path: Path) -> None:
+    made = keys.make_keys(tmp_path / "k", nodes=["a"])
+    before = {path: path.read_bytes() for path in (tmp_path / "k").iterdir()}
+    assert set(made.new) == before.keys() and made.kept == ()
+    (tmp_path / "k" / "ca.key").rename(tmp_path / "elsewhere")  # nodes are added without the authority's key
+    del before[tmp_path / "k" / "ca.key"]
+    more = keys.make_keys(tmp_path / "k", nodes=["a", "b"])
+    assert [path.name for path in more.new] == ["b.key", "b.pub"]
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert keys.public(tmp_path / "k").keys() == {"a", "b"}
+
+
+def test_another_host_wants_the_servers_certificate_out_of_the_way(tmp_path: Path) -> None:
+    keys.make_keys(tmp_path, ["one.org"])
+    with pytest.raises(ConfigError, match=r"--host = 'two.org': server.crt is there and names localhost, one.org"):
+        keys.make_keys(tmp_path, ["one.org", "two.org"])
+    ca = (tmp_path / "ca.crt").read_bytes()
+    for name in ("server.key", "server.crt"):
+        (tmp_path / name).unlink()
+    keys.make_keys(tmp_path, ["one.org", "two.org"])
+    assert "two.org" in keys.hosts_of(tmp_path) and (tmp_path / "ca.crt").read_bytes() == ca
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--node", "../a"], "--node = '../a'"),
+        (["--node", "ca"], "ca and server are taken"),
+        (["--host", "a b"], "--host = 'a b'"),
+        (["--host", "host:8443"], "without port"),
+    ],
+)
+def test_wrong_names_make_no_keys(tmp_path: Path, words: list[str], error: str) -> None:
+    result = deploy("keys", tmp_path / "k", *words)
+    assert result.exit_code == 2 and error in result.output and not (tmp_path / "k").exists()
+
+
+def test_half_a_pair_is_an_error(tmp_path: Path) -> None:
+    keys.make_keys(tmp_path, nodes=["a"])
+    (tmp_path / "server.key").unlink()
+    with pytest.raises(ConfigError, match=r"holds server.crt but not server.key"):
+        keys.make_keys(tmp_path)
+    (tmp_path / "server.crt").unlink()
+    (tmp_path / "a.key").unlink()
+    with pytest.raises(ConfigError, match=r"a.pub is there without its private key"):
+        keys.make_keys(tmp_path, nodes=["a"])
+
+
+def test_the_command_says_where_each_file_goes(tmp_path: Path) -> None:
+    result = deploy("keys", tmp_path / "k", "--host", "fed.org", "--node", "a", "--node", "b")
+    assert result.exit_code == 0, result.output
+    assert "server: ca.crt server.crt server.key a.pub b.pub" in result.output
+    assert "node b: ca.crt b.key" in result.output
+    again = deploy("keys", tmp_path / "k", "--node", "a")
+    assert "made: nothing, all is there" in again.output
+
+
+# what Flower's programs are told --------------------------------------------------------------------------------------
+
+
+def test_the_server_is_started_with_tls_and_node_keys_and_installs_nothing() -> None:
+    words = server.command("0.0.0.0", 8443, Path("state.db"), Path("k"))
+    assert words[:3] == [sys.executable, "-m", "fedkeel.deploy.superlink"]
+    assert {"--enable-supernode-auth", "--disable-runtime-dependency-installation"} <= set(words)
+    assert words[words.index("--ssl-keyfile") + 1] == "k/server.key" and "--insecure" not in words
+    plain = server.command("127.0.0.1", 8443, Path("state.db"), None)
+    assert "--insecure" in plain and "--disable-runtime-dependency-installation" in plain
+    assert not {"--enable-supernode-auth", "--ssl-keyfile"} & set(plain)
+
+
+def test_the_environment_turns_off_what_calls_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "1")
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")
+    env = flower.environment(tmp_path, FEDKEEL_NODE="1")
+    assert env["FLWR_TELEMETRY_ENABLED"] == "0" and env["FLWR_DISABLE_UPDATE_CHECK"] == "1"
+    assert env["RAY_USAGE_STATS_ENABLED"] == "0" and env["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
+    assert env["FLWR_HOME"] == str(tmp_path) and env["FEDKEEL_NODE"] == "1" and "FORWARDED_ALLOW_IPS" not in env
+    assert env["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+
+
+def test_a_node_is_told_who_it_is_and_where_its_data_lie(tmp_path: Path, folder: Path) -> None:
+    from flwr.common.config import parse_config_args
+
+    place = tmp_path / 'it\'s "here" = there'
+    place.mkdir()
+    made = node.Node(server="fed.org:8443", keys=folder, name="berlin", state=place / "state", data=str(place))
+    words = made.command(9100, Path("node.toml"))
+    assert words[words.index("--superlink") + 1] == "fed.org:8443" and "--insecure" not in words
+    assert words[words.index("--auth-supernode-private-key") + 1] == str(folder / "berlin.key")
+    assert words[words.index("--root-certificates") + 1] == str(folder / "ca.crt")
+    assert made.environment()["FEDKEEL_NODE"] == "1"
+    import tomli_w
+
+    (tmp_path / "node.toml").write_text(tomli_w.dumps(made.config()))
+    read = parse_config_args([str(tmp_path / "node.toml")])  # as flower-supernode reads --node-config
+    assert read == {"client": "berlin", "state-dir": str(place / "state"), "data": str(place)}
+    other = node.Node(server="a:1", keys=folder, name="berlin", state=place, client="3", data="sites:load")
+    assert other.config()["client"] == "3" and other.config()["data"] == "sites:load"
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
+def test_a_configuration_of_any_text_survives_the_app(tmp_path: Path) -> None:
+    import tomli_w
+    from flwr.cli.build import build_fab_from_disk
+    from flwr.common.config import get_fab_config
+
+    config = tiny.config('name="Ünder \'the\' \\"sea\\" ${x}"', "local.lr=0.123")
+    (tmp_path / "pyproject.toml").write_text(tomli_w.dumps(submit.app(config, resume=True, runs_dir="/srv/my runs")))
+    read = get_fab_config(build_fab_from_disk(tmp_path))
+    told = read["tool"]["flwr"]["app"]["config"]
+    assert tomllib.loads(told["config"]) == config.table()
+    assert told["resume"] is True and told["runs-dir"] == "/srv/my runs"
+    assert read["tool"]["flwr"]["app"]["components"]["serverapp"] == "fedkeel.runtimes.flower:server_app"
+    assert read["project"]["dependencies"] == []
+
+
+# refusals -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (
+            ["server", "--insecure", "--host", "0.0.0.0"],
+            "--host = '0.0.0.0': plain HTTP without keys is for this machine",
+        ),
+        (["server"], "give a folder of keys (fedkeel deploy keys), or --insecure"),
+        (["server", "--keys", "KEYS", "--insecure"], "not both"),
+        (["server", "--keys", "nowhere"], "nowhere/ca.crt': there is no such file"),
+        (["server", "--keys", "KEYS", "--host", "10.9.9.9"], "the server's certificate names localhost,"),
+        (["server", "--keys", "KEYS", "--host", "127.0.0.1", "--port", "TAKEN"], "Address already in use"),
+        (["node", "--name", "berlin", "--server", "fed.org:8443", "--insecure"], "--server = 'fed.org'"),
+        (["node", "--name", "rome", "--server", "fed.org:8443", "--keys", "KEYS"], "rome.key': there is no such file"),
+        (["node", "--name", "berlin", "--server", "fed.org", "--keys", "KEYS"], "must look like host:port"),
+        (["status", "--server", "127.0.0.1:1", "--keys", "KEYS"], "no server answers there: Connection refused"),
+        (["status", "--server", "127.0.0.1:1", "--keys", "nowhere"], "there is no such file"),
+        (["stop", "last", "--server", "127.0.0.1:1", "--keys", "KEYS"], "must be a run's number"),
+        (["submit", "exp.toml", "--server", "127.0.0.1:1", "--keys", "KEYS"], "CONFIG = 'exp.toml': there is no such"),
+        (["submit", "bad.toml", "--server", "127.0.0.1:1", "--keys", "KEYS"], "Did you mean 'rounds'?"),
+    ],
+)
+def test_mistakes_are_one_clear_line(
+    words: list[str], error: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.toml").write_text("round = 3")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        given = {"KEYS": str(folder), "TAKEN": str(taken.getsockname()[1])}
+        result = deploy(*(given.get(word, word) for word in words))
+    assert result.exit_code == 2 and error in result.output, result.output
+    assert len(result.output.strip().splitlines()) == 1
+
+
+def test_without_flower_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"pip install 'fedkeel\[flower\]'"):
+        flower.program("flower-superlink")
+
+
+def test_deploy_costs_the_command_line_no_import_of_flower() -> None:
+    code = "import sys, fedkeel.cli; print([name for name in sys.modules if name.split('.')[0] in ('flwr', 'torch')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("log", "why"),
+    [
+        ("Exit Code: 305\nFailed to initialize\n[code: 2004] Failed to activate SuperNode.\n", "key"),
+        (
+            "SSL/TLS handshake error detected.\n[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed\n",
+            "certificate",
+        ),
+        ("[Errno 98] error while attempting to bind on address: address already in use\n", "port"),
+        ("Killed\n", "other"),
+    ],
+)
+def test_the_log_says_why_a_node_ended(log: str, why: str) -> None:
+    assert node.reason(log) == why
+
+
+# the guard ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "client", "may"),
+    [
+        ("/v1/fleet/pull-messages", "203.0.113.9", True),
+        ("/health", "203.0.113.9", True),
+        ("/v1/control/start-run", "203.0.113.9", False),
+        ("/v1/runtime/acquire-task", "203.0.113.9", False),
+        ("/v1/fleet/../control/start-run", "203.0.113.9", True),  # no such route: see below
+        ("/v1/fleets", "203.0.113.9", False),
+        ("/docs", "203.0.113.9", False),
+        ("/v1/control/start-run", "127.0.0.1", True),
+        ("/v1/control/start-run", "::1", True),
+        ("/v1/control/start-run", "10.0.0.5", True),  # the server's own address
+        ("/v1/control/start-run", "testclient", False),
+        ("/v1/control/start-run", None, False),
+    ],
+)
+def test_commands_are_taken_from_the_servers_machine_only(path: str, client: str | None, may: bool) -> None:
+    scope = {"type": "http", "path": path, "client": client and (client, 40000), "server": ("10.0.0.5", 8443)}
+    assert superlink.allowed(scope) is may
+
+
+def test_flowers_own_app_is_guarded() -> None:
+    """Flower's routes as they are: no path of commands is among those that are open, and none is reached by dots."""
+    import httpx
+    from flwr.superlink.main import create_app
+
+    app = create_app()
+    app.add_middleware(superlink.Guard)
+
+    async def ask(path: str, client: str) -> httpx.Response:
+        transport = httpx.ASGITransport(app=app, client=(client, 40000))
+        async with httpx.AsyncClient(transport=transport, base_url="http://10.0.0.5") as link:
+            return await link.post(path, content=b"")
+
+    paths = {"/docs", "/openapi.json", *app.openapi()["paths"]}
+    commands = {path for path in paths if not path.startswith(superlink.OPEN)}
+    assert {"/v1/control/start-run", "/v1/control/register-node"} <= commands
+    for path in sorted(commands):
+        reply = asyncio.run(ask(path, "203.0.113.9"))
+        assert reply.status_code == 403 and superlink.MARK.decode() in reply.headers, path
+    assert asyncio.run(ask("/v1/fleet/%2e%2e/control/start-run", "203.0.113.9")).status_code == 404
+    assert asyncio.run(ask("/v1/control/start-run", "127.0.0.1")).status_code not in (403, 404)
+    assert asyncio.run(ask("/v1/fleet/pull-messages", "203.0.113.9")).status_code not in (403, 404)
+
+
+def test_a_server_without_its_guard_is_not_left_running(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    answers = "import http.server as h; h.HTTPServer(('127.0.0.1', {}), h.SimpleHTTPRequestHandler).serve_forever()"
+    port, started = flower.free_port(), []
+
+    def unguarded(host: str, port: int, database: Path, keys: Path | None) -> list[str]:
+        started.append(port)
+        return [sys.executable, "-c", answers.format(port)]
+
+    monkeypatch.setattr(server, "command", unguarded)
+    with pytest.raises(RunError, match="without the guard"):
+        server.serve(None, "127.0.0.1", port, tmp_path / "state.db")
+    assert started == [port]
+    flower.check_free("127.0.0.1", port)
+
+
+# real processes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    """A server and two nodes with TLS and keys, and an app that says what it was given."""
+    with Federation(
+        tmp_path_factory.mktemp("deployed"), ["berlin", "paris"], data={"paris": "sites:load"}, components=APP
+    ) as made:
+        yield made
+
+
+@pytest.mark.slow
+def test_a_run_reaches_all_nodes_and_ends_as_it_should(federation: Federation) -> None:
+    good = federation.submit(tiny.config('name="says \\"hello\\""'))
+    assert good.wait(300) == 0, good.log()
+    told = [json.loads(line.partition("TOLD ")[2]) for line in good.log().splitlines() if line.startswith("TOLD ")]
+    assert {each["client"]: each.get("data") for each in told} == {"berlin": None, "paris": "sites:load"}
+    assert all(each["mark"] == "1" for each in told)
+    (run,) = [json.loads(line.partition("RUN ")[2]) for line in good.log().splitlines() if line.startswith("RUN ")]
+    assert tomllib.loads(run["config"]) == tiny.config('name="says \\"hello\\""').table()
+    bad = federation.submit(tiny.config("name=fails"))
+    assert bad.wait(300) == 1 and "finished:failed" in bad.log() and "this run fails" in bad.log()
+    found = submit.status(federation.server)
+    assert {(each["name"], each["status"]) for each in found["nodes"]} == {("berlin", "online"), ("paris", "online")}  # type: ignore[index,attr-defined]
+    assert [each["status"] for each in found["runs"]] == ["finished:failed", "finished:completed"]  # type: ignore[index,attr-defined]
+
+
+@pytest.mark.slow
+def test_a_run_is_left_and_stopped(federation: Federation) -> None:
+    waiting = federation.submit(tiny.config("name=waits"))
+    federation.until(lambda: "flwr-serverapp" in waiting.log(), 200, "log of the run")
+    waiting.process.send_signal(2)
+    assert waiting.wait(60) == 130 and "goes on; to stop it: fedkeel deploy stop" in waiting.log()
+    (run,) = [each["run"] for each in submit.status(federation.server)["runs"] if each["status"] == "running"]  # type: ignore[attr-defined]
+    submit.stop(federation.server, run)
+    states = {each["run"]: each["status"] for each in submit.status(federation.server)["runs"]}  # type: ignore[attr-defined]
+    assert states[run] == "finished:stopped"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["unregistered", "wrong CA", "stolen key"])
+def test_strangers_are_refused(federation: Federation, tmp_path: Path, case: str) -> None:
+    """The first message names the cause; after its patience the supervisor gives up with code 1."""
+    keys.make_keys(tmp_path / "other", nodes=["berlin"])
+    ours = {"unregistered": "ca.crt", "wrong CA": "berlin.key", "stolen key": "ca.crt berlin.key"}[case].split()
+    for name in ours:
+        assert federation.keys is not None
+        (tmp_path / "other" / name).write_bytes((federation.keys / name).read_bytes())
+    made = node.Node(server=federation.where, keys=tmp_path / "other", name="berlin", state=tmp_path / "state")
+    said: list[str] = []
+    assert node.keep(made, said.append, {"key": 5, "certificate": 5}) == 1
+    meaning = "certificate cannot be verified" if case == "wrong CA" else "does not take this node's key"
+    assert all("refused" in line and meaning in line for line in said) and said[-1].startswith("error: node berlin")
+    assert federation.processes["berlin"].alive and federation.joined("berlin") >= 1
+    if case == "wrong CA":
+        with pytest.raises(ConfigError, match="its certificate is not one of"):
+            submit.status(flower.Server(federation.where, tmp_path / "other"))
+
+
+@pytest.mark.slow
+def test_a_killed_supernode_comes_back_by_itself(federation: Federation) -> None:
+    before = federation.joined("paris")
+    federation.crash("paris")
+    federation.until(lambda: federation.joined("paris") > before, 180, "restart of paris")
+    number = [line for line in federation.log("paris").splitlines() if "SuperNode ID:" in line]
+    assert len({line.rpartition(" ")[2] for line in number}) == 1, "it is another node now"
+
+
+@pytest.mark.slow
+def test_sites_come_and_go_while_the_server_runs(federation: Federation) -> None:
+    assert federation.keys is not None
+    keys.make_keys(federation.keys, nodes=["rome"])
+    federation.until(lambda: "node rome may join" in federation.log(SERVER), 120, "registration of rome")
+    federation.start("rome")
+    federation.until(lambda: federation.joined("rome") > 0, 120, "node rome")
+    assert federation.stop("rome") == 0
+    (federation.keys / "rome.pub").unlink()
+    federation.until(lambda: "node rome is shut out" in federation.log(SERVER), 120, "shutting out of rome")
+    left = submit.status(federation.server)["nodes"]
+    assert "rome" not in {each["name"] for each in left}  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_plain_http_on_this_machine(tmp_path: Path) -> None:
+    with Federation(tmp_path, ["0"], insecure=True, components=APP) as plain:
+        run = plain.submit(tiny.config())
+        assert run.wait(300) == 0, run.log()
+        waiting = plain.submit(tiny.config("name=waits"))
+        plain.until(lambda: "flwr-serverapp" in waiting.log(), 200, "log of the run")
+        keys.make_keys(tmp_path / "k")
+        with pytest.raises(ConfigError, match="does not speak TLS"):
+            flower.Server(plain.where, tmp_path / "k").check()
+        assert plain.stop(SERVER) == 0
+        assert "flwr-serverapp" not in _processes(plain.where), "a run outlived its server"
+        assert waiting.wait(200) == 1
+
+
+def _processes(word: str) -> str:
+    listed = subprocess.run(["ps", "-A", "-o", "args="], capture_output=True, text=True, check=True).stdout
+    return "\n".join(line for line in listed.splitlines() if word in line)
+
+
+def test_the_certificate_holds_in_a_handshake(folder: Path) -> None:
+    """Python's own TLS, strict as from 3.13 on."""
+    served, trust = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context(cafile=folder / "ca.crt")
+    served.load_cert_chain(folder / "server.crt", folder / "server.key")
+    trust.verify_flags |= ssl.VERIFY_X509_STRICT
+    for name, good in (("fed.example.org", True), ("10.1.2.3", True), ("fed.example.com", False)):
+        down, up = ssl.MemoryBIO(), ssl.MemoryBIO()
+        client, host = trust.wrap_bio(down, up, server_hostname=name), served.wrap_bio(up, down, server_side=True)
+        if good:
+            _shake(client, host)
+            assert client.version() == "TLSv1.3"
+        else:
+            with pytest.raises(ssl.SSLCertVerificationError):
+                _shake(client, host)
+
+
+def _shake(*ends: ssl.SSLObject) -> None:
+    """Both sides in turn until neither waits."""
+    left = list(ends)
+    for end in left * 8:
+        try:
+            end.do_handshake()
+        except ssl.SSLWantReadError:
+            continue
