@@ -479,6 +479,7 @@ def killed_often(
         done += 1
 
 
+@pytest.mark.full
 def test_kill_9(data, tmp_path):
     run(tiny.config(*LONG, "rounds=7"), data=data, folder=tmp_path / "reference")
     assert killed_often(forked, tmp_path / "run", 3, random.Random(1)) >= 2

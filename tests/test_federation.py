@@ -14,7 +14,7 @@ from fedkeel.config import Config, parse
 from fedkeel.loop import run
 from fedkeel.record import RoundLog, numbers
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.full
 
 METHODS = ("scaffold", "fedrep", "fbl")
 """One with a state of clients, a personal one, and one with images made on the nodes."""

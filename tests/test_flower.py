@@ -44,6 +44,7 @@ def state_files(tmp_path):
     return found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", battery.methods())
 def test_every_method_gives_the_same_bits(tmp_path, method):
     cfg = config(tmp_path, method=method)
@@ -164,6 +165,7 @@ def test_it_ends_as_a_run_in_which_the_same_clients_failed(tmp_path, room):
     assert [record["clients"] for record in over.rounds] == [record["clients"] for record in alone.rounds]
 
 
+@pytest.mark.full
 def test_a_late_reply_is_dropped_and_so_is_its_state(tmp_path):
     cfg = config(tmp_path, "rounds=2", "participation=1.0", "federation.deadline=6", "federation.join_wait=60")
     cfg = replace(cfg, algorithm=config(tmp_path, method="scaffold").algorithm)

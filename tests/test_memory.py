@@ -7,6 +7,7 @@ from fedkeel.data.sources import arrays
 from fedkeel.job import Job
 from fedkeel.loop import run
 
+pytestmark = pytest.mark.full
 CLIENTS, ROUNDS, COHORT = 1000, 6, 60
 BUDGET = 256 * 2**10
 """Bytes; the models of the clients that take part are four times as much and more."""

@@ -39,7 +39,7 @@ except MissingExtra as missing:
     pytest.skip(str(missing), allow_module_level=True)
 
 pytestmark = [
-    pytest.mark.processes,
+    pytest.mark.full,
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves files and processes open
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # how pytest reports these
 ]

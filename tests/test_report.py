@@ -333,6 +333,7 @@ def test_import_is_light() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.full
 def test_page_in_a_browser(comparison: Path, tmp_path: Path) -> None:
     """Nothing on the console, every chart drawn, a click on the legend hides a method, the chooser changes the metric,
     nothing sticks out of a phone's screen."""

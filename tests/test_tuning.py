@@ -183,6 +183,7 @@ def test_a_budget_of_time(bundled: Callable[..., Tunable], tmp_path: Path) -> No
     bundled().tune(client(), 0, tmp_path / "other", budget=1e9)
 
 
+@pytest.mark.full
 def test_a_tuning_that_was_stopped_goes_on_when_there_is_time(bundled: Callable[..., Tunable], tmp_path: Path) -> None:
     keep, whole = tmp_path / "adapter", bundled().tune(client(), 0).fingerprint()
     began, steps = time.perf_counter(), list[int]()

@@ -28,6 +28,7 @@ print((files("fedkeel.experiments") / "demo.toml").read_text().count("="))
 """
 """What comes inside the package beside its code."""
 
+pytestmark = pytest.mark.full
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "fedkeel"
 
