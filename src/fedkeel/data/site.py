@@ -13,7 +13,7 @@ Test images are a site's own, for what is measured there; without any, nothing i
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -25,7 +25,7 @@ from torch import Tensor
 from fedkeel.data.columns import class_names, find_image, find_label
 from fedkeel.data.dataset import Dataset
 from fedkeel.data.pictures import Rows, Split, checked, decode
-from fedkeel.data.sources import STAND_INS, SUFFIXES, Parquet, arrays
+from fedkeel.data.sources import STAND_INS, Parquet, arrays, class_folders, folder_split
 from fedkeel.errors import ConfigError, DataError, EmptyClient, nearest
 
 Part = tuple[Tensor, Tensor]
@@ -87,22 +87,8 @@ def _pictures(folder: Path, federation: Target) -> tuple[Part, Part]:
     root = folder / "train" if (folder / "train").is_dir() else folder
 
     def part(root: Path) -> Part:
-        places = sorted(place for place in root.iterdir() if place.is_dir() and not place.name.startswith("."))
-        names = tuple(place.name for place in places)
-        files, labels = list[Path](), list[int]()
-        for number, place in enumerate(places):
-            found = sorted(file for file in place.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
-            files += found
-            labels += [number] * len(found)
-
-        def pictures(rows: Rows) -> Iterator[tuple[str, bytes]]:
-            for row in rows:
-                try:
-                    yield str(files[row]), files[row].read_bytes()
-                except OSError as error:
-                    raise DataError(f"{files[row]}: cannot be read ({error.strerror})") from error
-
-        return _decoded(Split(str(root), np.array(labels, dtype=np.int64), pictures), names, federation)
+        names = class_folders(root)
+        return _decoded(folder_split(root, names), names, federation)
 
     tests = [folder / name for name in ("test", *STAND_INS)] if root != folder else []
     found = next((place for place in tests if place.is_dir()), None)

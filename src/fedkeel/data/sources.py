@@ -119,19 +119,19 @@ class ImageFolder(Source):
 
     def read(self) -> Raw:
         root = folder(self.dir)
-        classes = tuple(sorted(place.name for place in folder(root / self.train).iterdir() if _visible_folder(place)))
+        classes = class_folders(folder(root / self.train))
         if not classes:
             raise DataError(f"{root / self.train}: there is no folder per class")
         tried = (self.test, *(STAND_INS if self.test == "test" else ()))
         found = next((root / name for name in tried if (root / name).is_dir()), None)
         if found is None:
             raise DataError(f"{root}: no folder to test on; tried {', '.join(tried)}")
-        train = _folder_split(root / self.train, classes)
+        train = folder_split(root / self.train, classes)
         for name, count in zip(classes, np.bincount(train.labels, minlength=len(classes)), strict=True):
             if count == 0:
                 place = root / self.train / name
                 raise DataError(f"{place}: no pictures in the folder of this class; add some or remove the folder")
-        return Raw(root.resolve().name, classes, train, _folder_split(found, classes))
+        return Raw(root.resolve().name, classes, train, folder_split(found, classes))
 
 
 @register("datasets", "hub")
@@ -267,7 +267,13 @@ def _visible_folder(place: Path) -> bool:
     return place.is_dir() and not place.name.startswith(".")
 
 
-def _folder_split(root: Path, classes: tuple[str, ...]) -> Split:
+def class_folders(root: Path) -> tuple[str, ...]:
+    """Names of the folders in a folder of pictures, sorted."""
+    return tuple(sorted(place.name for place in root.iterdir() if _visible_folder(place)))
+
+
+def folder_split(root: Path, classes: tuple[str, ...]) -> Split:
+    """A folder of pictures, in folders named after their classes. Raises DataError for a folder of none of these."""
     files: list[Path] = []
     labels: list[int] = []
     for place in sorted(filter(_visible_folder, root.iterdir())):
