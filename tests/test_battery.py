@@ -129,7 +129,7 @@ def test_wrong_counts_of_bytes_are_found(room, monkeypatch, name):
             return {"note": torch.ones(2)}
 
     right = getattr(clients, name)
-    monkeypatch.setattr(clients, name, lambda it: right(it) - 4)
+    monkeypatch.setattr(clients, name, lambda *its: right(*its) - 4)
     with pytest.raises(AssertionError):
         battery.declares(f"counted by {name}")
 

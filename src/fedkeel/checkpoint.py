@@ -101,8 +101,7 @@ class Checkpoints:
     def versions(self, client: int) -> set[int]:
         """The rounds of this client's states that generations on disk need."""
         if self._needed is None:
-            found = [key for name in GENERATIONS for key in _sums(self._state(name) or {})]
-            self._needed = {(owner, version) for store, owner, version in found if store == "clients"}
+            self._needed = {(owner, version) for store, owner, version in self._named() if store == "clients"}
         return {version for owner, version in self._needed if owner == client}
 
     def _read(self, name: str, state: Mapping[str, object], first: Server, warnings: tuple[str, ...]) -> Checkpoint:
@@ -159,9 +158,13 @@ class Checkpoints:
         self._sums = {key: total for key, total in self._sums.items() if key[0] != "clients"}
         return [[client, version, ELSEWHERE] for client, version in accepted.items()]
 
+    def _named(self) -> list[tuple[str, int, int]]:
+        """The states, by (store, client, round), that generations on disk name."""
+        return [key for name in GENERATIONS for key in _sums(self._state(name) or {})]
+
     def _collect(self) -> None:
         """Deletes the states that no generation needs."""
-        needed = [key for name in GENERATIONS for key in _sums(self._state(name) or {})]
+        needed = self._named()
         self._sums = {key: total for key, total in self._sums.items() if key in needed}
         for name, store in self._stores.items():
             store.collect({(client, version) for owner, client, version in needed if owner == name})

@@ -137,9 +137,7 @@ class Worker:
         or a field that was not declared is raised.
         """
         started, mail = time.perf_counter(), mail or {}
-        received = payload(server) + size_of(tuple(mail.values()))
-        if "params" in mail:  # sent instead of the server's
-            received -= size_of((server.params,))
+        received = payload(server, mail)
         try:
             reply = self._fit(server, client, state, measure, mail)
         except FedkeelError:
@@ -474,9 +472,11 @@ def full_gradient(local: Local, algorithm: Algorithm) -> Tensor:
     return total
 
 
-def payload(server: Server) -> int:
-    """Bytes that a client receives at the start of a round."""
-    return size_of((server.params, server.buffers, *server.counters.values(), *server.shared.values()))
+def payload(server: Server, mail: Mapping[str, Tensor]) -> int:
+    """Bytes that a client receives at the start of a round: what all get and what it alone does, whose `params` are
+    sent instead of the server's."""
+    whole = {"params": server.params, **mail}
+    return size_of((*whole.values(), server.buffers, *server.counters.values(), *server.shared.values()))
 
 
 def size_of(tensors: tuple[Tensor, ...]) -> int:

@@ -106,7 +106,7 @@ class FlowerRuntime:
                 if not reply.failure:
                     expected = likely
                 self._heed(client, answer)
-            yield replace(reply, bytes_down=0 if job.method.pooled else self._down(server, client))
+            yield replace(reply, bytes_down=0 if job.method.pooled else payload(server, job.mail(server, client)))
 
     def _gate(self, server: Server, expected: Mapping[str, wire.Kind]) -> Gate:
         job = self.job
@@ -131,11 +131,6 @@ class FlowerRuntime:
         if text not in self._said:
             self._said.add(text)
             self.job.warn(text)
-
-    def _down(self, server: Server, client: int) -> int:
-        mail = self.job.mail(server, client)
-        without = server.params if "params" in mail else server.params[:0]  # sent instead of the server's
-        return payload(server) + size_of(tuple(mail.values())) - size_of((without,))
 
     def _send(
         self,

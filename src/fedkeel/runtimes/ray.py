@@ -34,7 +34,7 @@ from torch import Tensor
 from fedkeel import personal, registry
 from fedkeel.errors import ConfigError, FedkeelError, MissingExtra, RunError
 from fedkeel.generators.store import Spent, heard
-from fedkeel.local import payload, size_of
+from fedkeel.local import payload
 from fedkeel.records import Reply, Samples, Server
 from fedkeel.registry import register
 from fedkeel.runtimes.base import Curve, Progress, Tuning
@@ -481,7 +481,7 @@ class RayRuntime:
             tasks.append(Task(client, self._costs[client], call))
         for client, answer in zip(clients, self._each(tasks), strict=True):
             if isinstance(answer, Lost):
-                down = 0 if job.method.pooled else _received(server, job.mail(server, client))
+                down = 0 if job.method.pooled else payload(server, job.mail(server, client))
                 reply = Reply(client, failure=answer.reason, trace=answer.trace, bytes_down=down)
             else:
                 reply = unboxed(answer.value, job.device)
@@ -739,12 +739,6 @@ def _registered() -> dict[tuple[str, str], type]:
     """What is registered from outside this package: a worker process knows it under the same names."""
     found = {(where, name): registry.get(where, name) for where in registry.PACKAGES for name in registry.names(where)}
     return {key: thing for key, thing in found.items() if not thing.__module__.startswith("fedkeel.")}
-
-
-def _received(server: Server, mail: Mapping[str, Tensor]) -> int:
-    """Bytes that a client was sent."""
-    instead = size_of((server.params,)) if "params" in mail else 0
-    return payload(server) + size_of(tuple(mail.values())) - instead
 
 
 def _lost(what: str, lost: Lost) -> RunError:
