@@ -8,6 +8,7 @@ code of the libraries that a generator imports is in it, and memory mapped from 
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -241,6 +242,7 @@ def _labels(classes: int, each: int) -> Tensor:
 
 def _forget_peak(device: torch.device) -> int:
     """Starts a new measure of the peak; returns what is held now."""
+    gc.collect()  # garbage that is freed during the measure would hide as much of its peak
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return 0
