@@ -424,6 +424,19 @@ def test_switching_a_method_off_is_said(data):
     assert heard.rounds == [1, 2, 3, 4] and heard.ends == 1
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("algorithm.weights=uniform", "privacy.noise_multiplier=0"), "privacy.noise_multiplier = 0.0: without noise"),
+        (("robust.name=trimmed_mean", "robust.trim=0"), "robust.trim = 0.0: nothing is cut off"),
+    ],
+)
+def test_privacy_without_noise_and_a_rule_that_trims_nothing_are_said(data, overrides, said):
+    heard = Heard()
+    run(tiny.config(*overrides, "rounds=1"), data=data, listener=heard)
+    assert [text[: len(said)] for text in heard.warnings] == [said]
+
+
 @pytest.mark.parametrize("keys", [["algorithm.mu", "balance.volume"], ["balance.volume"]])
 def test_the_method_and_what_balances_it_are_switched_off_apart(data, keys):
     """Each under its own section; neither speaks for the other."""

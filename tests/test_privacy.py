@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal, localcontext
 from math import comb
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -18,12 +19,14 @@ from torch import Tensor
 
 from fedkeel import privacy
 from fedkeel.algorithms.base import Algorithm
+from fedkeel.checkpoint import Checkpoints
 from fedkeel.config import Config, parse
 from fedkeel.data.dataset import Dataset
 from fedkeel.errors import ConfigError, MissingExtra
 from fedkeel.job import Job
 from fedkeel.loop import Result, resume, run
-from fedkeel.record import Console, Silent, epsilon, numbers
+from fedkeel.privacy import Accountant
+from fedkeel.record import Console, Silent, epsilon, numbers, spent
 from fedkeel.records import Local, Reply, Server, Update
 from fedkeel.registry import register
 from fedkeel.report.page import page
@@ -176,7 +179,7 @@ def test_without_noise_and_under_a_wide_limit_it_is_the_plain_run(data: Dataset)
 @pytest.mark.parametrize("method", ["fedavg", "scaffold", "fedadam", "feddbe"])
 def test_one_draw_moves_the_average_by_its_share(data: Dataset, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After one round of four clients the mean of the updates is off by a fourth of the noise of the sum."""
-    monkeypatch.setattr(privacy.Accountant, "after", lambda self, rounds: {})
+    monkeypatch.setattr(privacy.Accountant, "release", lambda self, number: {})
     seen: list[Tensor] = []
 
     def means(overrides: tuple[str, ...]) -> Server:
@@ -238,7 +241,10 @@ def test_epsilon_is_shown(tmp_path: Path, data: Dataset, capsys: pytest.CaptureF
     console = Console()
     run(tiny.config(*PRIVATE, "rounds=2"), data=data, folder=tmp_path / "run", listener=console)
     found = read_run(tmp_path / "run")
-    last = json.loads((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()[-1])["privacy/epsilon"]
+    record = json.loads((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()[-1])
+    last = record["privacy/epsilon"]
+    assert spent(record) == epsilon(last) == spent({**record, "privacy/epsilon": last - 1e-9})
+    assert spent({"privacy/epsilon": 9.298, "privacy/epsilon_known": 14.393}) == "9.30 (cohorts known: 14.40)"
     assert console.bars.tasks[-1].fields["note"].endswith(f"ε {epsilon(last)}")
     capsys.readouterr()
     text = as_markdown(summarise([found]))
@@ -316,27 +322,96 @@ def test_rounds_add_up_by_who_was_drawn() -> None:
     """Of cohorts (0, 1), (0, 2), (0, 1) client 0 has three rounds: that is what those who know it go by; for others no
     more than that. Without sampling both are the same."""
     pytest.importorskip("dp_accounting")
-    options = privacy.Privacy(noise_multiplier=4.0, delta=1e-3)
     cohorts = [[0, 1], [0, 2], [0, 1]]
-    accountant = privacy.Accountant(options, 40, 2, cohorts.__getitem__)
-    found = [accountant.after(rounds) for rounds in (1, 2, 3)]
+    accountant = accounting(4.0, 40, cohorts)
+    found = [accountant.release(number) for number in range(3)]
     assert [each["privacy/epsilon_known"] for each in found] == [privacy.gaussian(4.0, n, 1e-3) for n in (1, 2, 3)]
     values = [each["privacy/epsilon"] for each in found]
     assert values == sorted(values) and values[2] < found[2]["privacy/epsilon_known"] / 2
-    assert accountant.after(3) == privacy.Accountant(options, 40, 2, cohorts.__getitem__).after(3) == found[2]
-    everybody = privacy.Accountant(options, 2, 2, lambda number: [0, 1]).after(3)
-    assert everybody["privacy/epsilon"] == everybody["privacy/epsilon_known"] == privacy.gaussian(4.0, 3, 1e-3)
+    resumed = accounting(4.0, 40, cohorts)
+    resumed.recall({}, 2)
+    assert resumed.release(2) == found[2]
+    everybody = accounting(4.0, 2, [[0, 1]] * 3)
+    everybody.recall({}, 2)
+    always = everybody.release(2)
+    assert always["privacy/epsilon"] == always["privacy/epsilon_known"] == privacy.gaussian(4.0, 3, 1e-3)
+
+
+def accounting(z: float, clients: int, cohorts: list[list[int]], samples: list[list[int]] | None = None) -> Accountant:
+    return Accountant(
+        privacy.Privacy(noise_multiplier=z, delta=1e-3), clients, cohorts.__getitem__, (samples or cohorts).__getitem__
+    )
 
 
 def test_a_loose_bound_for_samples_is_not_used() -> None:
     """Halves that take turns: each client has two rounds of four, which costs less than the theorem has for samples of
     one half, and holds for all."""
     pytest.importorskip("dp_accounting")
-    options = privacy.Privacy(noise_multiplier=0.5, delta=1e-3)
-    accountant = privacy.Accountant(options, 4, 2, lambda number: [0, 1] if number % 2 else [2, 3])
+    accountant = accounting(0.5, 4, [[2, 3], [0, 1]] * 2)
+    accountant.recall({}, 3)
     known = privacy.gaussian(0.5, 2, 1e-3)
-    assert accountant.sampled(4) > known
-    assert accountant.after(4) == {"privacy/epsilon": known, "privacy/epsilon_known": known}
+    assert accountant.sampled({2: 4}) > known
+    assert accountant.release(3) == {"privacy/epsilon": known, "privacy/epsilon_known": known}
+
+
+def test_who_was_not_drawn_gains_nothing_by_the_draw() -> None:
+    """FedDBE takes all clients in its first round, whoever was drawn: for that one both numbers are the same, and the
+    rounds that follow add to it. A round that the method fills by a rule of its own counts for all, too."""
+    pytest.importorskip("dp_accounting")
+    config = tiny.config("algorithm.name=feddbe", *PRIVATE, "clients=10", "participation=2", "privacy.delta=1e-3")
+    accountant = Job(config, tiny.data()).accountant
+    assert accountant is not None
+    first = accountant.release(0)
+    once = privacy.gaussian(0.02, 1, 1e-3)
+    assert first == {"privacy/epsilon": once, "privacy/epsilon_known": once}
+    drawn = [[0, 1], [0, 2], [0, 3]]
+    free, bound = accounting(4.0, 40, [list(range(40)), *drawn[1:]], drawn), accounting(4.0, 40, drawn)
+    for number in range(3):
+        more, less = (each.release(number)["privacy/epsilon"] for each in (free, bound))
+    assert more > privacy.gaussian(4.0, 1, 1e-3) > less
+    orders, one = privacy.curve(4.0, 2, 40)
+    assert more == pytest.approx(epsilon_of(orders, 2 * one + privacy.curve(4.0, 40, 40)[1]))
+
+
+def epsilon_of(orders: Any, total: Any) -> float:
+    """Proposition 12 of Canonne, Kamath and Steinke (2020), the conversion that the accountant is to use, at 1e-3."""
+    values = [
+        rdp + math.log1p(-1 / a) - math.log(1e-3 * a) / (a - 1)
+        for a, rdp in zip(orders, total, strict=True)
+        if a > 1.01
+    ]
+    return min(values)
+
+
+@pytest.mark.parametrize(("randomness", "times"), [("system", 2), ("seed", 1)])
+def test_a_round_that_is_done_again_counts_again(
+    randomness: str, times: int, tmp_path: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its model was there to be seen when the run was killed before the checkpoint; new noise on the same updates tells
+    more of them, the same noise does not."""
+    pytest.importorskip("dp_accounting")
+    config = tiny.config(*PRIVATE, f"privacy.randomness={randomness}", "rounds=3", "evaluate.every=1")
+    monkeypatch.setattr(Checkpoints, "save", killed_at(2))
+    with pytest.raises(KeyboardInterrupt):
+        run(config, data=data, folder=tmp_path / "run")
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "run/released.json").read_text()) == {"0": 1, "1": 1}
+    result = resume(tmp_path / "run", data=data)
+    assert json.loads((tmp_path / "run/released.json").read_text()) == {"0": 1, "1": times, "2": 1}
+    z, delta = config.privacy.noise_multiplier, config.privacy.delta_of(config.clients)  # type: ignore[union-attr]
+    assert result.rounds[-1]["privacy/epsilon_known"] == privacy.gaussian(z, 2 + times, delta)
+
+
+def killed_at(number: int) -> Callable[..., None]:
+    """A checkpoint that a kill comes before."""
+    whole = Checkpoints.save
+
+    def save(self: Checkpoints, server: Server, accepted: Mapping[int, int]) -> None:
+        if server.round == number:
+            raise KeyboardInterrupt
+        whole(self, server, accepted)
+
+    return save
 
 
 def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch, data: Dataset) -> None:
@@ -365,6 +440,8 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch,
         (("algorithm.name=centralized",), "algorithm.name", "sums of updates alone"),
         (("algorithm.name=fednova", "balance.name=fbl"), "algorithm.name", "sums of updates alone"),
         ((UNIFORM, "checkpoint_every=2"), "checkpoint_every", "must be 1"),
+        (("algorithm.name=fbl", "algorithm.share=fedavg_rows"), "algorithm.share", "must be 'local'"),
+        ((UNIFORM, "balance.name=fbl", "balance.share=fedavg_rows"), "balance.share", "must be 'local'"),
         ((UNIFORM, "robust.name=median"), "robust.name", "not with [privacy]"),
         ((UNIFORM, "clients=1", "participation=1"), "privacy.delta", "must be given"),
         ((UNIFORM, "privacy.clip=0"), "privacy.clip", "must be > 0"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +19,10 @@ from fedkeel.errors import ConfigError, TooFewClients
 from fedkeel.job import Job
 from fedkeel.loop import one_round, run
 from fedkeel.options import option
-from fedkeel.records import Local, Reply, Update
+from fedkeel.records import Local, Reply, Server, Update
 from fedkeel.registry import register
 from fedkeel.robust import Robust, agreed
-from fedkeel.runtimes.inprocess import InProcess
+from fedkeel.runtimes.inprocess import InProcess, InProcessRuntime
 
 RULES: list[tuple[str, ...]] = [
     ("robust.name=median",),
@@ -71,7 +71,7 @@ def test_krum_by_hand() -> None:
     line = [[0.0], [1.0], [3.0], [7.0], [100.0]]
     assert robust.krum([torch.tensor(row) for row in line], 1) == [1, 0, 2, 3, 4]
     assert consensus(Robust(name="krum"), line) == [1.0]
-    assert consensus(Robust(name="multi_krum", keep=3), line) == pytest.approx([4 / 3])
+    assert consensus(Robust(name="multi_krum", best=3), line) == pytest.approx([4 / 3])
     assert consensus(Robust(name="multi_krum"), line) == pytest.approx([0.5])  # m = n - f - 2 = 2
 
 
@@ -101,7 +101,8 @@ def test_all_that_crosses_agrees_and_the_rest_stays() -> None:
             assert reply.update.delta.tolist() == [delta] and reply.update.extra["c"].tolist() == extra
             assert reply.buffers is not None and reply.buffers.tolist() == [10 * delta]
             assert reply.counters["n"].item() == 2
-            assert reply.update.weight == before.update.weight and reply.update.keep == before.update.keep
+            assert reply.update.weight == 3.0, "the median of 1 to 5"
+            assert reply.update.keep == before.update.keep
 
 
 @pytest.mark.parametrize("rule", [option[0].partition("=")[2] for option in RULES])
@@ -112,6 +113,12 @@ def test_parts_looked_at_together_make_no_difference(rule: str, monkeypatch: pyt
     whole = options.rule(rows)(rows)
     monkeypatch.setattr(robust, "AT_ONCE", 21)
     assert torch.equal(options.rule(rows)(rows), whole)
+
+
+def test_a_share_is_cut_as_it_is_said() -> None:
+    """29 of 100, which 0.29 * 100 falls just short of in binary."""
+    assert Robust(name="trimmed_mean", trim=0.29).trimmed_of(100) == 29
+    assert Robust(name="trimmed_mean", trim=0.25).trimmed_of(7) == 1
 
 
 def test_a_method_gets_the_consensus_whatever_it_weighs(data: Dataset) -> None:
@@ -144,7 +151,7 @@ def test_a_method_gets_the_consensus_whatever_it_weighs(data: Dataset) -> None:
         (
             "MultiKrum",
             {"num_malicious_nodes": 2, "num_nodes_to_select": 3},
-            Robust(name="multi_krum", byzantine=2, keep=3),
+            Robust(name="multi_krum", byzantine=2, best=3),
         ),
     ],
 )
@@ -224,15 +231,20 @@ def test_a_consensus_withstands_liars(liars: None, rule: tuple[str, ...]) -> Non
     [
         (("robust.name=krum",), "robust.name", "4 updates are fewer than the 2 f + 3 = 5 that f = 1 takes"),
         (("robust.name=multi_krum", "clients=9", "robust.byzantine=4"), "robust.name", "2 f + 3 = 11"),
-        (("robust.name=multi_krum", "clients=9", "robust.keep=9"), "robust.name", "fewer than f = 1"),
+        (("robust.name=multi_krum", "clients=9", "robust.best=9"), "robust.name", "fewer than f = 1"),
         (("robust.name=trimmed_mean",), "robust.name", "of 4 updates, a share of 0.2 trims none"),
-        (("robust.name=median", "participation=2"), "robust.name", "median of two"),
+        (("robust.name=median", "participation=2"), "robust.name", "2 updates are fewer than the 3"),
         (("robust.name=median", "robust.trim=0.1"), "robust.trim", "is an option of trimmed_mean, not of median"),
-        (("robust.name=krum", "robust.keep=1"), "robust.keep", "is an option of multi_krum"),
+        (("robust.name=krum", "robust.best=1"), "robust.best", "is an option of multi_krum"),
         (("robust.name=trimmed_mean", "robust.trim=0.5"), "robust.trim", "must be >= 0 and < 0.5"),
         (("robust.name=medain",), "robust.name", "'median'"),
         (("robust.name=median", "algorithm.name=fedamp"), "algorithm.name", "which [robust] needs"),
         (("robust.name=median", "algorithm.name=fednova"), "algorithm.name", "which [robust] needs"),
+        (
+            ("robust.name=median", "algorithm.name=fbl", "algorithm.share=fedavg_rows"),
+            "algorithm.share",
+            "under [robust] says in whole numbers",
+        ),
     ],
 )
 def test_refused_before_anything_runs(overrides: tuple[str, ...], key: str, said: str) -> None:
@@ -241,11 +253,53 @@ def test_refused_before_anything_runs(overrides: tuple[str, ...], key: str, said
     assert caught.value.key == key and said in str(caught.value)
 
 
-def test_too_few_updates_end_the_round() -> None:
-    """Five are asked, one is away: Krum with f = 1 cannot choose. The reason of the one is said."""
+def test_too_few_updates_end_the_round(data: Dataset) -> None:
+    """Five are asked, one is away: Krum with f = 1 cannot choose. Nothing is used; the reasons of all are said
+    and stand in the record of the failed round, as for any round without updates."""
     held = [*replies([[float(at)] for at in range(4)]), Reply(4, failure="gone fishing")]
-    with pytest.raises(TooFewClients, match=r"4 updates are fewer than the 2 f \+ 3 = 5.*client 4: gone fishing"):
-        list(agreed(iter(held), Robust(name="krum")))
+    out = list(agreed(iter(held), Robust(name="krum")))
+    assert all(reply.update is None for reply in out) and out[4] is held[4]
+    assert "4 updates are fewer than the 2 f + 3 = 5" in out[0].failure
+    config = tiny.config("clients=5", "robust.name=krum")
+    job = Job(config, data)
+    engine = Away(job)
+    with pytest.raises(TooFewClients, match=r"0 usable updates.*fewer than the 2 f.*client 4: gone fishing") as caught:
+        one_round(job, engine, replace(job.first_server(), layout=job.worker.weights.layout), {})
+    assert caught.value.record is not None and len(caught.value.record["failed"]) == 5
+
+
+class Away(InProcessRuntime):
+    """Client 4 is."""
+
+    def run(
+        self, server: Server, clients: Sequence[int], accepted: Mapping[int, int], measure: Collection[int]
+    ) -> Iterator[Reply]:
+        yield from super().run(server, [client for client in clients if client != 4], accepted, measure)
+        yield Reply(4, failure="gone fishing")
+
+
+@pytest.mark.parametrize("method", ["scaffold", "feddyn"])
+def test_a_liars_weight_moves_nothing(method: str, data: Dataset) -> None:
+    """Their servers divide by the weights of all clients: one that claims a million samples, or 1e39, changes nothing
+    that one with the usual weight would not."""
+    config = tiny.config(f"algorithm.name={method}", "algorithm.weights=samples", "robust.name=median")
+
+    def after(weight: float) -> Server:
+        job = Job(config, data)
+        server = replace(job.first_server(), layout=job.worker.weights.layout)
+        held = [job.worker.fit(server, client, None) for client in range(4)]
+        first = held[0].update
+        assert first is not None
+        held[0] = replace(held[0], update=replace(first, weight=weight * first.weight))
+        return job.method.aggregate(server, (r.update for r in agreed(iter(held), config.robust) if r.update))
+
+    assert config.robust is not None
+    usual = after(1.0)
+    for weight in (1e6, 1e39):
+        moved = after(weight)
+        parts = {**moved.shared, **moved.private, "params": moved.params}
+        for name, tensor in {**usual.shared, **usual.private, "params": usual.params}.items():
+            assert torch.allclose(parts[name], tensor, rtol=0.2, atol=1e-6), name
 
 
 def test_a_round_without_updates_is_left_to_the_loop() -> None:

@@ -193,16 +193,19 @@ class Config:
         section = "privacy" if self.privacy is not None else "robust"
         owner = "algorithm" if self.balance is None else "balance"
         for key, method in (("algorithm", self.algorithm), ("balance", self.balance)):
-            if method is None or method.only_sums():
-                continue
+            try:
+                if method is None or method.only_sums():
+                    continue
+            except ConfigError as error:
+                raise ConfigError(f"{key}.{error.key}", error.value, f"under [{section}] {error.allowed}") from None
             known = [name for name in registry.names("algorithms") if _sums(name)]
             why = f"its server does not work on sums of updates alone, which [{section}] needs; {', '.join(known)} do"
             raise ConfigError(f"{key}.name", registry.name_of("algorithms", type(method)), why)
         if self.robust is not None:
             if self.privacy is not None:
                 raise ConfigError("robust.name", self.robust.name, "not with [privacy], whose noise is on a plain sum")
-            if short := self.robust.short(self.cohort):
-                raise ConfigError("robust.name", self.robust.name, short)
+            if reason := self.robust.too_few(self.cohort):
+                raise ConfigError("robust.name", self.robust.name, reason)
         if self.privacy is not None:
             self.privacy.delta_of(self.clients)
             if self.method.weights != "uniform":

@@ -102,6 +102,7 @@ def _rounds(
     engine = engine or registry.get("runtimes", config.runtime)()  # an unknown name is refused before any writing
     assert engine is not None
     job.warn = listener.warned
+    accountant = job.accountant  # without its extra the run is refused here, before any work
     accepted: dict[int, int] = {}
     records: list[dict[str, Any]] = []
     spent: dict[str, Any] = {}
@@ -119,6 +120,9 @@ def _rounds(
         records = log.rewind(server.round)
         describe(job, folder, label, resume)
         spent = _table(folder / "generators.json") if resume else {}
+        if accountant is not None and resume:
+            released = _table(folder / "released.json").items()
+            accountant.recall({int(number): int(times) for number, times in released}, server.round)
     for text in job.idle():
         listener.warned(text)
     runtime: Runtime = engine.start(job)
@@ -139,6 +143,8 @@ def _rounds(
         while server.round < config.rounds:
             with _noted(folder):
                 server, record = one_round(job, runtime, server, accepted)
+            if accountant is not None and folder is not None:  # before anybody is sent the new model
+                write_json(folder / "released.json", dict(accountant.released))
             if job.personal_round(server.round):
                 began = time.perf_counter()
                 record |= personal.measure(job, runtime.personal(server, accepted), records)
@@ -215,7 +221,7 @@ def one_round(job: Job, runtime: Runtime, server: Server, accepted: dict[int, in
         **round_.record(),
         **_writable(own),
         **({"local/classes": round_.by_class(job.data.classes, kept)} if kept and accountant is None else {}),
-        **(_writable(accountant.after(number + 1)) if accountant is not None else {}),
+        **(_writable(accountant.release(number)) if accountant is not None else {}),
         "seconds/train": round(trained - began, 4),
         "seconds/evaluate": round(time.perf_counter() - trained, 4),
     }
@@ -239,6 +245,7 @@ class Incoming:
         self.done: list[int] = []
         self.failed: list[dict[str, Any]] = []
         self.up = self.down = self.steps = 0
+        self.weight = 0.0
 
     def wait(self) -> bool:
         """Whether there is any usable update (the first one is then at hand)."""
@@ -252,6 +259,11 @@ class Incoming:
             self._take(reply, reply.update)
             yield replace(reply.update, client=reply.client, buffers=reply.buffers, keep={}, metrics={})
             reply = self._next()
+        if self.done and not self.weight:  # before any method divides by it; a federation tries the round again
+            number = self._server.round + 1
+            error = TooFewClients(f"round {number}: the weights of all usable updates are zero")
+            error.record = {"round": number, **self.record()}
+            raise error
 
     def drain(self) -> None:
         """Takes what a method that does not look at all updates has left."""
@@ -315,6 +327,7 @@ class Incoming:
             value = value.to(self.counters[name].device)
             self.counters[name] = torch.maximum(self.counters[name], value)
         self.done.append(reply.client)
+        self.weight += update.weight
         self.up += reply.bytes_up
         self.steps += reply.steps
         if reply.steps:

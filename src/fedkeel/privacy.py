@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -163,43 +163,65 @@ def from_system(n: int) -> Tensor:
 
 
 class Accountant:
-    """Epsilon after so many rounds, in two readings.
+    """Epsilon of all rounds that were released, in two readings.
 
     `privacy/epsilon` holds against those who do not know who took part in which round (the sample is their doubt),
-    `privacy/epsilon_known` against those who do: it counts the rounds of the client that was drawn most often.
+    `privacy/epsilon_known` against those who do: it counts the rounds of the client that was in most of them.
+
+    A round counts as often as it was finished: one that is done again with other noise is a second release.
     """
 
-    def __init__(self, options: Privacy, clients: int, size: int, cohort: Callable[[int], Sequence[int]]) -> None:
-        """clients: registered ones, of which `size` are in each round; cohort(number): those of round `number`, from 0.
+    def __init__(
+        self,
+        options: Privacy,
+        clients: int,
+        cohort: Callable[[int], Sequence[int]],
+        sample: Callable[[int], Sequence[int]],
+    ) -> None:
+        """clients: registered ones. cohort(number): those of round `number` (from 0). sample(number): those that were
+        drawn for it, uniformly without replacement; where the method takes others, nothing is gained by the draw.
 
         Raises MissingExtra without dp-accounting.
         """
-        self.options, self.clients, self.size, self._cohort = options, clients, size, cohort
+        self.options, self.clients, self._cohort, self._sample = options, clients, cohort, sample
         self.delta = options.delta_of(clients)
-        self._drawn: Counter[int] = Counter()
-        self._rounds = 0
-        self._sampled: Any = None
+        self.released: Counter[int] = Counter()
+        """How often each round was finished; kept on disk beside the run."""
+        self._rounds: Counter[int] = Counter()  # by client
+        self._sizes: Counter[int] = Counter()  # rounds by how many were drawn
+        self._curves: dict[int, Any] = {}
         if options.noise_multiplier:
             _dp()
 
-    def after(self, rounds: int) -> dict[str, float]:
-        """Metrics of the record after `rounds` rounds; infinite without noise."""
-        for number in range(self._rounds, rounds):
-            self._drawn.update(self._cohort(number))
-        self._rounds = max(self._rounds, rounds)
+    def recall(self, released: Mapping[int, int], rounds: int) -> None:
+        """At a resume: what is on record, and at least the `rounds` that the run goes on from."""
+        for number, times in (Counter(released) | Counter(range(rounds))).items():
+            self._count(number, times)
+
+    def release(self, number: int) -> dict[str, float]:
+        """Round `number` is finished; metrics of its record, infinite without noise."""
+        if self.options.randomness == "system" or not self.released[number]:  # the same noise again tells nothing new
+            self._count(number, 1)
         if not self.options.noise_multiplier:
             return {"privacy/epsilon": math.inf, "privacy/epsilon_known": math.inf}
-        known = gaussian(self.options.noise_multiplier, max(self._drawn.values()), self.delta)
+        known = gaussian(self.options.noise_multiplier, max(self._rounds.values()), self.delta)
         # what holds for those who know the cohorts holds for all, and the bound for samples is the wider one at times
-        unknown = min(known, self.sampled(rounds)) if self.size < self.clients else known
-        return {"privacy/epsilon": unknown, "privacy/epsilon_known": known}
+        return {"privacy/epsilon": min(known, self.sampled(self._sizes)), "privacy/epsilon_known": known}
 
-    def sampled(self, rounds: int) -> float:
-        """Epsilon of `rounds` rounds with secret cohorts."""
-        if self._sampled is None:
-            self._sampled = curve(self.options.noise_multiplier, self.size, self.clients)
-        orders, each = self._sampled
-        return float(_dp().rdp.rdp_privacy_accountant.compute_epsilon(orders, rounds * each, self.delta)[0])
+    def _count(self, number: int, times: int) -> None:
+        cohort, sample = list(self._cohort(number)), list(self._sample(number))
+        self.released[number] += times
+        self._rounds.update(dict.fromkeys(cohort, times))
+        self._sizes[len(sample) if cohort == sample else self.clients] += times
+
+    def sampled(self, rounds: Mapping[int, int]) -> float:
+        """Epsilon with secret cohorts: so many rounds by the number of clients drawn."""
+        for size in rounds:
+            if size not in self._curves:
+                self._curves[size] = curve(self.options.noise_multiplier, size, self.clients)
+        orders = next(iter(self._curves.values()))[0]
+        total = sum(times * self._curves[size][1] for size, times in rounds.items())
+        return float(_dp().rdp.rdp_privacy_accountant.compute_epsilon(orders, total, self.delta)[0])
 
 
 def gaussian(noise_multiplier: float, rounds: int, delta: float) -> float:
@@ -215,7 +237,10 @@ def curve(noise_multiplier: float, size: int, clients: int) -> tuple[Any, Any]:
     of several rounds add up. Takes a second or two."""
     dp = _dp()
     accountant = dp.rdp.RdpAccountant(neighboring_relation=dp.NeighboringRelation.REPLACE_ONE)
-    accountant.compose(dp.SampledWithoutReplacementDpEvent(clients, size, dp.GaussianDpEvent(noise_multiplier / 2)))
+    event = dp.GaussianDpEvent(noise_multiplier / 2)
+    if size < clients:  # the bound for samples is the wider one where all are drawn
+        event = dp.SampledWithoutReplacementDpEvent(clients, size, event)
+    accountant.compose(event)
     return accountant._orders, accountant._rdp  # no public name gives them
 
 

@@ -25,6 +25,15 @@ def epsilon(value: float | None) -> str:
     return "∞" if value is None else f"{math.ceil(100 * value) / 100:.2f}"
 
 
+def spent(record: Record) -> str:
+    """What privacy has cost by a round's record: epsilon, then what it is where the cohorts are known if that is more;
+    "" without [privacy]."""
+    if "privacy/epsilon" not in record:
+        return ""
+    secret, known = (epsilon(record[f"privacy/{name}"]) for name in ("epsilon", "epsilon_known"))
+    return secret if secret == known else f"{secret} (cohorts known: {known})"
+
+
 class RoundLog:
     """rounds.jsonl: appended line by line. A line cut off by a crash is dropped when the file is opened again."""
 
@@ -122,8 +131,8 @@ class Console:
         self.bars.update(self._round, completed=record["round"])
         if accuracy is not None:
             self._note = f"accuracy {accuracy:.1%}"
-        spent = f"ε {epsilon(record['privacy/epsilon'])}" if "privacy/epsilon" in record else ""
-        self.bars.update(self._round, note=", ".join(filter(None, [self._note, spent])))
+        cost = f"ε {spent(record)}" if spent(record) else ""
+        self.bars.update(self._round, note=", ".join(filter(None, [self._note, cost])))
 
     def warned(self, text: str) -> None:
         self.bars.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)

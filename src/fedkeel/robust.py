@@ -7,8 +7,9 @@ arXiv 1703.02757.
 
 A method is given all updates of the round with the consensus in place of what each client sent: of the change of the
 model, of each `extra` and of BatchNorm statistics. Any weighted mean of them is then the consensus, so this works for
-methods that look at sums of updates only. Weights stay as they are, but the rules themselves know no weights: every
-client counts the same, as in the papers.
+methods that look at sums of updates only. The rules know no weights, as in the papers: every client counts the same,
+and has the median of the round's weights, since a method that divides by all clients' weights (SCAFFOLD, FedDyn) would
+be moved by a liar's.
 
 Departures: Krum chooses by the change of the model, and the chosen clients' `extra` and statistics come with it;
 multi-Krum averages the best n - f - 2 by default (the papers: m; authors' experiments: n - f).
@@ -16,6 +17,7 @@ multi-Krum averages the best n - f - 2 by default (the papers: m; authors' exper
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,14 +26,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedkeel.errors import ConfigError, TooFewClients
+from fedkeel.errors import ConfigError
 from fedkeel.options import option
 from fedkeel.privacy import kinds
 from fedkeel.records import Reply, Update
 
 AT_ONCE = 1 << 22
 """Numbers looked at together, of all clients: memory stays at the updates and a few of these."""
-USED = {"trim": ("trimmed_mean",), "byzantine": ("krum", "multi_krum"), "keep": ("multi_krum",)}
+USED = {"trim": ("trimmed_mean",), "byzantine": ("krum", "multi_krum"), "best": ("multi_krum",)}
 """Options, and the rules that use them."""
 
 
@@ -49,7 +51,9 @@ class Robust:
     byzantine: int | None = option(
         None, "Krum: clients of a round that may lie (f), which takes 2 f + 3 updates; absent: 1", ge=0
     )
-    keep: int | None = option(None, "multi-Krum: updates that are averaged (m); absent: those of a round - f - 2", ge=1)
+    best: int | None = option(
+        None, "multi-Krum: how many of the best updates are averaged (m); absent: those of a round - f - 2", ge=1
+    )
 
     def __post_init__(self) -> None:
         for key, rules in USED.items():
@@ -66,24 +70,30 @@ class Robust:
         """f."""
         return 1 if self.byzantine is None else self.byzantine
 
-    def short(self, updates: int) -> str:
+    def trimmed_of(self, updates: int) -> int:
+        """How many are cut off at either end."""
+        return int(self.cut * updates + 1e-9)  # 0.29 of 100 are 29
+
+    def too_few(self, updates: int) -> str:
         """Why so many updates are too few for the rule, "" where they are not."""
-        if self.name == "trimmed_mean" and self.cut > 0 and int(self.cut * updates) == 0:
+        if self.name == "trimmed_mean" and self.cut > 0 and self.trimmed_of(updates) == 0:
             return f"of {updates} updates, a share of {self.cut:g} trims none"
         if self.name in ("krum", "multi_krum") and updates < 2 * self.liars + 3:
             return f"{updates} updates are fewer than the 2 f + 3 = {2 * self.liars + 3} that f = {self.liars} takes"
-        if self.name == "multi_krum" and (self.keep or 0) > updates - self.liars:
-            return f"keep = {self.keep} of {updates} updates leaves out fewer than f = {self.liars}"
-        return "median of two is their mean" if self.name == "median" and updates < 3 else ""
+        if self.name == "multi_krum" and (self.best or 0) > updates - self.liars:
+            return f"best = {self.best} of {updates} updates leaves out fewer than f = {self.liars}"
+        if self.name == "median" and updates < 3:
+            return f"{updates} updates are fewer than the 3 that a median takes"
+        return ""
 
     def rule(self, deltas: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], Tensor]:
         """What makes the consensus of n tensors, one of each client whose changes ([P]) are given."""
         if self.name == "median":
             return lambda tensors: by_coordinate(tensors, median)
         if self.name == "trimmed_mean":
-            cut = int(self.cut * len(deltas))
+            cut = self.trimmed_of(len(deltas))
             return lambda tensors: by_coordinate(tensors, lambda rows: trimmed(rows, cut))
-        many = 1 if self.name == "krum" else self.keep or len(deltas) - self.liars - 2
+        many = 1 if self.name == "krum" else self.best or len(deltas) - self.liars - 2
         chosen = krum(deltas, self.liars)[:many]
         if many == 1:
             return lambda tensors: tensors[chosen[0]]
@@ -93,7 +103,7 @@ class Robust:
 def agreed(replies: Iterator[Reply], options: Robust) -> Iterator[Reply]:
     """A round's replies with the consensus in place of what each client sent. All of them are waited for.
 
-    Raises TooFewClients when there are too few for the rule, ConfigError for a method that sends whole numbers.
+    None is used when there are too few for the rule. Raises ConfigError for a method that sends whole numbers.
     """
     held = list(replies)
     updates = [reply.update for reply in held if reply.update is not None]
@@ -111,9 +121,11 @@ def agreed(replies: Iterator[Reply], options: Robust) -> Iterator[Reply]:
     whole = [name for name, (_, dtype) in usual if not dtype.is_floating_point]
     if whole:
         raise ConfigError("robust", options.name, f"the method sends {whole[0]!r} in whole numbers, which have no mean")
-    if short := options.short(len(usable)):
-        reasons = "; ".join(f"client {reply.client}: {reply.failure}" for reply in held if reply.update is None)
-        raise TooFewClients(f"robust.name = {options.name!r}: {short}: {reasons}")
+    if reason := options.too_few(len(usable)):
+        unused = f"its update is not used: robust.name = {options.name!r}: {reason}"
+        yield from (replace(reply, update=None, failure=unused) if reply.update else reply for reply in held)
+        return
+    weight = statistics.median(update.weight for _, update in usable)
     rule = options.rule([update.delta for _, update in usable])
     delta = rule([update.delta for _, update in usable])
     extra = {name: rule([update.extra[name] for _, update in usable]) for name in usable[0][1].extra}
@@ -122,7 +134,7 @@ def agreed(replies: Iterator[Reply], options: Robust) -> Iterator[Reply]:
     counters = {name: torch.stack([reply.counters[name] for reply, _ in usable]).median(0).values for name in names}
     for reply in held:
         if reply.update is not None:
-            update = replace(reply.update, delta=delta, extra=extra)
+            update = replace(reply.update, delta=delta, extra=extra, weight=weight)
             reply = replace(reply, update=update, buffers=buffers, counters=counters)
         yield reply
 

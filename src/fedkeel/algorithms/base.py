@@ -155,7 +155,7 @@ class Algorithm:
         return replace(server, params=server.params + step)
 
     def only_sums(self) -> bool:
-        """`sums`, of this method and of what it works over."""
+        """`sums`, of this method and of what it works over. Raises ConfigError for an option that is against it."""
         return self.sums
 
     def part_of_all(self, server: Server, total: float) -> float:

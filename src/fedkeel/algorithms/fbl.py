@@ -125,6 +125,12 @@ class FBL(Over):
     def personal(self, name: str, module: nn.Module) -> bool:
         return (name == "offset.weight" and self.share == "local") or self.base.personal(name, module)
 
+    def only_sums(self) -> bool:
+        if self.share != "local":
+            allowed = "says in whole numbers which rows were trained, which cannot be summed: must be 'local'"
+            raise ConfigError("share", self.share, allowed)
+        return super().only_sums()
+
     def sends(self) -> tuple[str, ...]:
         return (*self.base.sends(), *(("rows",) if self.share == "fedavg_rows" else ()))
 

@@ -146,7 +146,7 @@ class FedGen(Algorithm):
                 heads.append(
                     {entry.name[5:]: entry.view(server.params) + entry.view(update.delta) for entry in entries}
                 )
-                labels.append(update.extra["labels"].cpu())
+                labels.append(update.extra["labels"].cpu().clamp_min(0))  # whatever a client may send
                 known[update.client] = labels[-1]
                 yield update
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-from fedkeel.record import epsilon
+from fedkeel.record import spent
 from fedkeel.report.runs import Method, RunData, is_class, methods
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def _row(method: Method) -> Row:
 
 def _epsilon(row: Row) -> str:
     """What the run cost its clients in privacy; a dash without [privacy] and for what has no bound."""
-    return epsilon(row.metrics["privacy/epsilon"]) if "privacy/epsilon" in row.metrics else "–"
+    return spent(row.metrics) or "–"
 
 
 def _headline(row: Row) -> str:
