@@ -116,7 +116,7 @@ def same(one: Result, other: Result) -> None:
     assert [numbers(r) for r in one.rounds] == [numbers(r) for r in other.rounds]
     assert one.weights.keys() == other.weights.keys()
     for name, tensor in one.weights.items():
-        assert torch.equal(tensor, other.weights[name]), name
+        assert identical(tensor, other.weights[name]), name
 
 
 @cache
@@ -279,7 +279,16 @@ def same_bits(one: Tensors, other: Tensors, words: str) -> None:
     """Asserts that tensors are equal by name; `words` stand before a name that is not."""
     assert one.keys() == other.keys(), f"{words}{sorted(one.keys() ^ other.keys())}"
     for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), words + name
+        assert identical(tensor, other[name]), words + name
+
+
+def identical(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether type, shape and every bit agree: to torch.equal 0.0 is -0.0, and a type is as good as another."""
+
+    def raw(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(raw(one), raw(other))
 
 
 def group_norm(method: str) -> None:

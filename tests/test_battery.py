@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import battery
@@ -132,6 +133,25 @@ def test_wrong_counts_of_bytes_are_found(room, monkeypatch, name):
     monkeypatch.setattr(clients, name, lambda *its: right(*its) - 4)
     with pytest.raises(AssertionError):
         battery.declares(f"counted by {name}")
+
+
+def test_bits_are_compared():
+    """Type, shape, the sign of zero and the payload of NaN; not how a tensor lies in memory."""
+    one = torch.tensor([[0.0, 1.0], [2.0, math.nan]])
+    other_nan = torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32)
+    for other in (one.clone(), one.T.contiguous().T):
+        assert battery.identical(one, other)
+    changed = one.clone()
+    changed[1, 1] = other_nan[0]
+    for other in (one * torch.tensor([[-1.0, 1.0], [1.0, 1.0]]), one.bfloat16(), one.reshape(4), one[None], changed):
+        assert not battery.identical(one, other)
+    for value, same in (((1, 0), True), ((1, 1), False)):
+        assert battery.identical(torch.tensor([True, False]), torch.tensor(value).bool()) is same
+    assert battery.identical(torch.tensor(3), torch.tensor(3))
+    assert battery.identical(torch.empty(0, 3), torch.empty(0, 3))
+    assert not battery.identical(torch.empty(0, 3), torch.empty(3, 0))
+    with pytest.raises(AssertionError, match="state w"):
+        battery.same_bits({"w": torch.zeros(2)}, {"w": -torch.zeros(2)}, "state ")
 
 
 def test_lines_are_counted():

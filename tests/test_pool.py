@@ -92,6 +92,19 @@ def test_another_process_finds_them(tmp_path: Path) -> None:
     assert source.asked == [(1, 0)]
 
 
+def test_what_is_there_can_be_had_without_making_more(tmp_path: Path) -> None:
+    source = Counting()
+    pool = Pool(source, tmp_path, lanes=2, batch=4)
+    made = pool.take(1, 1, 6)
+    other = Pool(source, tmp_path, lanes=2)
+    found = other.kept(1, 1, 6)
+    assert found is not None and torch.equal(found, made)
+    assert other.kept(1, 1, 7) is None and other.kept(0, 1, 1) is None and other.kept(1, 0, 1) is None
+    next(tmp_path.glob("part-*")).unlink()
+    assert Pool(source, tmp_path, lanes=2).kept(1, 1, 6) is None
+    assert len(source.asked) == 6
+
+
 def test_a_killed_fill_loses_at_most_a_batch(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         Pool(Counting(dies_at=25), tmp_path, batch=10).fill([(0, 0, 40)])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,12 +27,13 @@ from fedkeel import registry
 from fedkeel.algorithms.base import Algorithm
 from fedkeel.config import Config
 from fedkeel.errors import ConfigError, MissingExtra, UndeclaredField
-from fedkeel.federation import Cluster
+from fedkeel.federation import FINEST, Cluster
 from fedkeel.loop import Result, resume, run
 from fedkeel.options import option
 from fedkeel.record import Silent, numbers
 from fedkeel.records import Local, Reply, Samples, Update
 from fedkeel.runtimes import ray as on_ray
+from fedkeel.runtimes.ray_worker import Actor, Box, boxed, unboxed
 
 try:
     ray = on_ray._ray()
@@ -44,6 +46,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # how pytest reports these
 ]
 ON_RAY = ("runtime=ray", "ray.actors=2")
+UNIFORM = "algorithm.weights=uniform"
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +99,46 @@ def plain(config: Config, folder: Path) -> Result:
     return run(replace(config, runtime="inprocess"), data=battery.data(), folder=folder)
 
 
+def with_own_images(config: Config, folder: Path) -> Result:
+    """The run on Ray, with a pool of its own: what one process has made is not there."""
+    pool, heard = replace(config.pool, dir=str(folder.with_suffix(".pool"))), Heard()
+    done = run(replace(config, pool=pool), data=battery.data(), folder=folder, listener=heard)
+    assert not heard.made or list(Path(pool.dir).rglob("part-*"))
+    return done
+
+
 @pytest.mark.parametrize("method", ["fedrep", "fedamp", "fbl"])
 def test_the_same_bits_as_in_process(method: str, cluster: None, tmp_path: Path) -> None:
     """Personal heads and what is measured on them; mail, a shelf and what clients measure; synthetic images."""
     config = battery.config(method, *ON_RAY, "evaluate.local_every=2", "participation=0.75")
-    there = run(
-        replace(config, pool=replace(config.pool, dir=f"{tmp_path}/pool")), data=battery.data(), folder=tmp_path / "ray"
-    )
-    same(plain(config, tmp_path / "one"), there)
+    same(plain(config, tmp_path / "one"), with_own_images(config, tmp_path / "ray"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (UNIFORM, "privacy.clip=0.5", "privacy.noise_multiplier=0.02", "privacy.randomness=seed"),
+        (UNIFORM, "robust.name=median"),
+    ],
+    ids=["privacy", "robust"],
+)
+def test_noise_and_a_robust_rule(
+    options: tuple[str, ...], cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the object store has what all get once a round, the data set once, each client's samples once at most."""
+    if "privacy.randomness=seed" in options:
+        pytest.importorskip("dp_accounting")
+    config = battery.config("scaffold", *ON_RAY, *options, "participation=1.0", net="group")
+    one, kinds, put = plain(config, tmp_path / "one"), Counter[str](), ray.put
+
+    def counting(thing: Any) -> Any:
+        kinds[type(thing).__name__] += 1
+        return put(thing)
+
+    monkeypatch.setattr(ray, "put", counting)
+    same(one, run(config, data=battery.data(), folder=tmp_path / "ray"))
+    assert kinds.pop("Setup") >= 2  # one for each process
+    assert kinds == {"Dataset": 1, "Server": config.rounds, "tuple": config.clients}
 
 
 def test_stopped_and_resumed(cluster: None, tmp_path: Path) -> None:
@@ -170,7 +205,7 @@ def test_processes_that_die_methods_that_raise_and_mistakes(
         run(config, data=battery.data(), folder=tmp_path / "ray", listener=heard)
     assert (tmp_path / "1").exists() and (tmp_path / "3").exists()
     assert {text.partition(":")[0] for text in heard.warnings} == {
-        f"a worker process died with client {k}" for k in (1, 3)
+        f"a worker process died before or during client {k}'s turn" for k in (1, 3)
     }
     assert capfd.readouterr() == ("", "")  # Ray itself says nothing
     (tmp_path / "spare").touch()
@@ -182,7 +217,7 @@ def test_processes_that_die_methods_that_raise_and_mistakes(
         there[0]["failed"][0]["reason"] == "ValueError: no data today"
         and "in prepare" in there[0]["failed"][0]["trace"]
     )
-    assert there[1]["failed"][1]["reason"].startswith("its worker process died 3 times: ")
+    assert there[1]["failed"][1]["reason"].startswith("a worker process died 3 times before or during its turn: ")
     one[1]["failed"][1] = there[1]["failed"][1]
     assert one == there  # and with them the accuracies of the server's model
     kept, again = states(tmp_path / "one"), states(tmp_path / "ray")
@@ -204,11 +239,10 @@ def test_what_travels() -> None:
     tensors |= {"none": torch.empty(0, 3), "scalar": torch.tensor(0.1), "part": grid[1:3, ::2], "turned": grid.T}
     nan = {"nan": torch.tensor([0x7FC00001, 0x7F800001], dtype=torch.int32).view(torch.float32)}  # their bits are kept
     reply = Reply(3, update=Update(1.0, torch.ones(2), extra=tensors), state=nan)
-    back = on_ray.unboxed(pickle.loads(pickle.dumps(on_ray.boxed(reply))), cpu)  # noqa: S301
+    back = unboxed(pickle.loads(pickle.dumps(boxed(reply))), cpu)  # noqa: S301
     battery.same_bits(tensors, back.update.extra, "extra: ")
-    assert all(tensor.dtype == back.update.extra[name].dtype for name, tensor in tensors.items())
-    assert torch.equal(back.state["nan"].view(torch.int32), nan["nan"].view(torch.int32))
-    box = on_ray.Box.of(torch.ones(3))
+    battery.same_bits(nan, back.state, "state: ")
+    box = Box.of(torch.ones(3))
     box.bytes.flags.writeable = False
     box.tensor(cpu).add_(1)
     assert torch.equal(box.tensor(cpu, copy=False), torch.ones(3))
@@ -224,6 +258,13 @@ def test_how_many_processes_find_room() -> None:
     assert on_ray.room(Cluster(gpus=0.3), nodes) == 6  # three on each GPU
     assert on_ray.room(Cluster(cpus=4, gpus=0.5), nodes) == 2
     assert on_ray.room(Cluster(gpus=2), nodes) == 1
+
+
+def test_the_smallest_share_is_rays() -> None:
+    ray.remote(Actor).options(num_cpus=FINEST, num_gpus=FINEST)
+    for key in ("num_cpus", "num_gpus"):
+        with pytest.raises(ValueError, match=str(FINEST)):
+            ray.remote(Actor).options(**{key: 0.9 * FINEST})
 
 
 def test_mistakes_in_the_section_and_a_missing_extra(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,8 +283,8 @@ def test_mistakes_in_the_section_and_a_missing_extra(cluster: None, monkeypatch:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", battery.methods())
 def test_every_method_on_ray(method: str, cluster: None, tmp_path: Path) -> None:
-    config = battery.config(method, *ON_RAY, f"pool.dir={tmp_path}/pool")
-    same(plain(config, tmp_path / "one"), run(config, data=battery.data(), folder=tmp_path / "ray"))
+    config = battery.config(method, *ON_RAY)
+    same(plain(config, tmp_path / "one"), with_own_images(config, tmp_path / "ray"))
 
 
 @pytest.mark.slow

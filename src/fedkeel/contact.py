@@ -18,7 +18,8 @@ EACH = 8
 
 
 def write_sheet(job: Job, path: Path) -> bool:
-    """Writes "real" and "fake", each [C, n, channels, H, W] uint8; False when clients train on no synthetic samples.
+    """Writes "real" and "fake", each [C, n, channels, H, W] uint8; False when clients train on no synthetic samples, or
+    those are on other machines.
 
     The synthetic ones are those of the pool: nothing is generated for the sheet. n is the same for all classes.
     """
@@ -27,8 +28,13 @@ def write_sheet(job: Job, path: Path) -> bool:
     if each == 0:
         return False
     owners = [int(fakes[:, label].argmax()) for label in range(fakes.shape[1])]
-    fake = torch.stack([job.images.take(label, client, each) for label, client in enumerate(owners)])
-    write_tensors(path, {"real": _real(job, each), "fake": fake})
+    fake: list[Tensor] = []
+    for label, client in enumerate(owners):
+        images = job.images.kept(label, client, each)
+        if images is None:
+            return False
+        fake.append(images)
+    write_tensors(path, {"real": _real(job, each), "fake": torch.stack(fake)})
     return True
 
 

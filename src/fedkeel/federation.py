@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from fedkeel.errors import ConfigError
 from fedkeel.options import option
 
+FINEST = 0.0001
+"""The smallest part of a CPU or GPU that Ray can give."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Federation:
@@ -21,6 +24,9 @@ class Federation:
     )
     join_wait: float = option(
         300.0, "seconds to wait for all clients before the first round; then min_replies of them suffice", ge=0
+    )
+    load_deadline: float = option(
+        3600.0, "seconds that a client may take to load its data and say who it is; then it is asked again", gt=0
     )
     max_reply: float | None = option(
         None, "largest reply of a client in MiB; absent: 16 times the model and 64 MiB beside it", gt=0
@@ -38,5 +44,9 @@ class Cluster:
 
     address: str = option("", 'a running cluster ("auto", "ray://host:10001", ...); empty = Ray starts on this machine')
     actors: int | None = option(None, "worker processes; absent: as many as the cluster has room for", ge=1)
-    cpus: float = option(1.0, "CPUs of a worker process", gt=0)
+    cpus: float = option(1.0, "CPUs of a worker process", ge=FINEST)
     gpus: float = option(0.0, "GPUs of a worker process, also a fraction of one", ge=0)
+
+    def __post_init__(self) -> None:
+        if 0 < self.gpus < FINEST:
+            raise ConfigError("gpus", self.gpus, f"must be 0 or >= {FINEST:g}")

@@ -44,9 +44,13 @@ class Adapted:
     """What one client tuned, as a `Source`: its network is in memory only while the job keeps it."""
 
     def __init__(self, job: Job, client: int) -> None:
-        source = job.source_of(client)
-        self._job, self._client, self._fingerprint = job, client, source.fingerprint()
+        """Tunes it, unless it is on record what came out: no more is needed to find images that are there."""
+        source = job._load(job.generator_of(client))
+        self._job, self._client = job, client
         self.classes, self.shape = source.classes, source.shape
+        if client not in job.adapters:
+            job.source_of(client)
+        self._fingerprint = str(job.adapters[client]["fingerprint"])
 
     def generate(self, labels: Sequence[int], indices: Sequence[int]) -> Tensor:
         """[N, C, H, W] uint8."""
@@ -131,9 +135,12 @@ class Images:
             self._most[generator] = torch.cat([nothing, *(each[None] for each in needs)]).amax(0)
         return self._most[generator]
 
-    def take(self, label: int, client: int, count: int) -> Tensor:
-        """[count, C, H, W] uint8: a client's first images of a class."""
-        return self.of(client).take(label, 0 if self.shared else client, count)
+    def kept(self, label: int, client: int, count: int) -> Tensor | None:
+        """[count, C, H, W] uint8: a client's first images of a class. None where some are not on this machine, or what
+        the client tuned is not on record: nothing is made and nothing tuned."""
+        if self.job.adapts(client) and client not in self.job.adapters:
+            return None
+        return self.of(client).kept(label, 0 if self.shared else client, count)
 
 
 @dataclass(frozen=True)
@@ -241,6 +248,10 @@ class Job:
                 yield f"{section}.{option} = {value}: this switches the method off"
             if why := method.idle(self.worker.model, len(self.data.classes)):
                 yield f"{section}.name = {registry.name_of('algorithms', type(method))}: {why}"
+        if config.privacy is not None and config.privacy.noise_multiplier == 0:
+            yield "privacy.noise_multiplier = 0.0: without noise nothing is private, and epsilon is infinite"
+        if config.robust is not None and config.robust.name == "trimmed_mean" and config.robust.cut == 0:
+            yield "robust.trim = 0.0: nothing is cut off, one lying client moves the mean as far as it likes"
         if config.algorithm.tunes and config.algorithm.kind == "personal" and config.personal.epochs == 0:
             yield "personal.epochs = 0: this switches the method off"
         tuning = [k for k in range(self.clients) if self.adapts(k)]
@@ -311,17 +322,22 @@ class Job:
         return self.worker.first_server(self.clients, total)
 
     def cohort(self, number: int) -> list[int]:
-        """The clients of round `number` (from 0), ascending: drawn uniformly without replacement."""
+        """The clients of round `number` (from 0), ascending."""
         if self.method.pooled:
             return [0]
+        return self.method.cohort(self.sample(number), self.config.clients, number)
+
+    def sample(self, number: int) -> list[int]:
+        """The clients that are drawn for round `number`, ascending: uniformly without replacement. The method may take
+        others."""
         order = torch.randperm(self.config.clients, generator=self.streams("clients", number))
-        return self.method.cohort(sorted(order[: self.config.cohort].tolist()), self.config.clients, number)
+        return sorted(order[: self.config.cohort].tolist())
 
     @cached_property
     def accountant(self) -> Accountant | None:
         """What privacy this run has cost so far; None where [privacy] is absent. Raises MissingExtra."""
         privacy, config = self.config.privacy, self.config
-        return None if privacy is None else Accountant(privacy, config.clients, config.cohort, self.cohort)
+        return None if privacy is None else Accountant(privacy, config.clients, self.cohort, self.sample)
 
     def plans(self) -> list[Plan]:
         """What each client trains on, from its counts and profile (known in simulation only)."""

@@ -162,6 +162,12 @@ class Pool:
                     del rows[key]
         return out
 
+    def kept(self, label: int, lane: int, count: int) -> Tensor | None:
+        """The images that `take` gives; None where some of them are not there: nothing is made."""
+        keys = self._keys(label, lane, count)
+        out = torch.empty((count, *self.source.shape), dtype=torch.uint8)
+        return out if all(self._read(key, out[row]) for row, key in enumerate(keys)) else None
+
     def fill(self, needs: Iterable[tuple[int, int, int]], progress: Callable[[int, int], None] | None = None) -> None:
         """Makes what is missing for all (label, lane, count), in full batches across classes and lanes.
 
