@@ -10,10 +10,14 @@ import ssl
 import stat
 import subprocess
 import sys
+import threading
+import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import cast
 
 import pytest
 import tiny
@@ -22,7 +26,7 @@ from federation import SERVER, Federation
 from typer.testing import CliRunner
 
 from fedkeel import cli
-from fedkeel.deploy import flower, keys, node, server, submit, superlink
+from fedkeel.deploy import admission, flower, keys, node, server, submit, superlink
 from fedkeel.errors import ConfigError, MissingExtra, RunError
 
 pytest.importorskip("flwr", reason="needs the extra `flower`")
@@ -135,6 +139,296 @@ def test_the_command_says_where_each_file_goes(tmp_path: Path) -> None:
     assert "made: nothing, all is there" in again.output
 
 
+def test_an_existing_folder_keeps_its_mode(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    keys.make_keys(tmp_path)
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+
+
+def test_a_private_key_that_others_can_read_is_told(tmp_path: Path) -> None:
+    keys.make_keys(tmp_path, nodes=["a", "b"])
+    (tmp_path / "a.key").chmod(0o640)
+    (warning,) = keys.exposed(tmp_path, "a.key", "b.key", "server.key")
+    assert f"{tmp_path}/a.key" in warning and "mode 0640" in warning
+
+
+def test_a_certificate_that_cannot_serve_is_refused_before_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys.make_keys(tmp_path, days=20)
+    said: list[str] = []
+    server._check_certificate(tmp_path, said.append)
+    assert len(said) == 1 and "ends on" in said[0] and "with the same --host" in said[0]
+    other = keys.make_keys(tmp_path / "other").new
+    assert tmp_path / "other" / "server.key" in other
+    (tmp_path / "server.key").write_bytes((tmp_path / "other" / "server.key").read_bytes())
+    with pytest.raises(ConfigError, match=r"server.crt': does not go with server.key"):
+        server._check_certificate(tmp_path, said.append)
+    monkeypatch.setattr(server, "expires", lambda keys: datetime(2020, 1, 31, tzinfo=UTC))
+    with pytest.raises(ConfigError, match=r"server.crt': the certificate ended on 2020-01-31: move"):
+        server.serve(tmp_path, "127.0.0.1", database=tmp_path / "state.db")
+    assert not (tmp_path / "state.db").exists()
+
+
+def test_a_certificate_that_cannot_be_verified_is_no_silence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(self: flower.Server, path: str = "/health", timeout: float = 10) -> tuple[int, bool]:
+        error = ssl.SSLCertVerificationError("certificate verify failed")
+        error.verify_message = "unable to get local issuer certificate"
+        raise error
+
+    monkeypatch.setattr(flower.Server, "answer", answer)
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as link:
+        with pytest.raises(ConfigError, match=r"server.crt cannot be verified by ca.crt: unable to get"):
+            server._up(flower.Server("127.0.0.1:1", folder), link, threading.Event())
+        link.kill()
+
+
+# who may join ---------------------------------------------------------------------------------------------------------
+
+
+class Link:
+    """Flower's list of nodes: a key is taken once, and stays after its node was shut out."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, str]] = []
+        self.asked = 0
+        self.fails = ""
+
+    def nodes(self) -> list[dict[str, str]]:
+        self.asked += 1
+        return [dict(row) for row in self.rows]
+
+    def __call__(self, room: str, word: str, what: str, *more: str) -> Mapping[str, object]:
+        assert room == "supernode"
+        if word == "unregister":
+            (row,) = [row for row in self.rows if row["node"] == what and row["status"] != admission.SHUT]
+            row["status"] = admission.SHUT
+            return {}
+        key = keys.public_key(Path(what))
+        if Path(what).stem == self.fails:
+            raise RunError("flwr supernode: the server is busy")
+        assert word == "register" and more[0] == "--name" and key not in {row["key"] for row in self.rows}
+        self.rows.append({"name": more[1], "node": str(len(self.rows)), "status": "registered", "key": key})
+        return {"node-id": self.rows[-1]["node"]}
+
+    @property
+    def admitted(self) -> list[str]:
+        """Names of those that may join."""
+        return sorted(row["name"] for row in self.rows if row["status"] != admission.SHUT)
+
+
+@pytest.fixture
+def link(monkeypatch: pytest.MonkeyPatch) -> Link:
+    made = Link()
+
+    @contextmanager
+    def control(server: flower.Server) -> Iterator[Link]:
+        yield made
+
+    monkeypatch.setattr(admission, "control", control)
+    return made
+
+
+def door(folder: Path, said: list[str]) -> admission.Admission:
+    """A server that has just started."""
+    return admission.Admission(flower.Server("127.0.0.1:1", None), folder, said.append)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    """Keys of a and b."""
+    keys.make_keys(tmp_path / "k", nodes=["a", "b"])
+    return tmp_path / "k"
+
+
+def test_keys_come_and_go(two: Path, link: Link) -> None:
+    said: list[str] = []
+    at = door(two, said)
+    for _ in range(3):
+        at.look()
+    assert said == ["node a may join", "node b may join"] and link.asked == 1
+    keys.make_keys(two, nodes=["c"])
+    (two / "a.pub").rename(two / "a.old")
+    at.look()
+    assert said[2:] == [f"node a is shut out: its key is gone from {two}", "node c may join"]
+    (two / "a.old").rename(two / "a.pub")
+    for _ in range(3):
+        at.look()
+    assert len(said) == 5 and "a.pub: this key was shut out before" in said[4] and "under a new name" in said[4]
+    assert link.admitted == ["b", "c"]
+
+
+def test_a_new_key_under_an_old_name_shuts_out_the_old_one(two: Path, link: Link) -> None:
+    said: list[str] = []
+    at = door(two, said)
+    at.look()
+    for end in ("key", "pub"):
+        (two / f"a.{end}").unlink()
+    keys.make_keys(two, nodes=["a"])
+    at.look()
+    assert said[2:] == [f"node a is shut out: its key is gone from {two}", "node a may join"]
+    assert [row["key"] for row in link.rows if row["status"] != admission.SHUT] == [
+        keys.public_key(two / "b.pub"),
+        keys.public_key(two / "a.pub"),
+    ]
+
+
+def test_a_deleted_key_is_shut_out_whatever_happened_before(two: Path, link: Link, tmp_path: Path) -> None:
+    """A server that died between two registrations, then a folder of keys made anew: only Flower's list remains."""
+    link.fails = "b"
+    said: list[str] = []
+    door(two, said).look()
+    assert said[0] == "node a may join" and "b.pub: flwr supernode: the server is busy" in said[1]
+    link.fails = ""
+    (two / "a.pub").unlink()
+    door(two, said).look()
+    assert link.admitted == ["b"]
+    keys.make_keys(tmp_path / "new", nodes=["b", "c"])
+    door(tmp_path / "new", said).look()
+    assert link.admitted == ["b", "c"] and [row["status"] for row in link.rows[:2]] == [admission.SHUT] * 2
+    assert not list(two.glob("*.json")), "the folder of keys may be read-only"
+
+
+def test_what_failed_is_tried_again_and_told_once(two: Path, link: Link) -> None:
+    link.fails = "a"
+    said: list[str] = []
+    at = door(two, said)
+    for _ in range(3):
+        at.look()
+    assert len(said) == 2 and said[0].startswith("warning: node a may not join yet") and said[1] == "node b may join"
+    link.fails = ""
+    at.look()
+    assert said[2:] == ["node a may join"]
+
+
+@pytest.mark.parametrize("case", ["folder", "files"])
+def test_keys_that_are_all_gone_are_a_fault(two: Path, link: Link, case: str) -> None:
+    said: list[str] = []
+    at = door(two, said)
+    at.look()
+    away = two.with_name("away")
+    two.rename(away)
+    if case == "files":
+        two.mkdir()
+    at.look()
+    at.look()
+    assert len(said) == 3 and f"there is no NAME.pub in {two}" in said[2] and link.admitted == ["a", "b"]
+    if case == "files":
+        two.rmdir()
+    away.rename(two)
+    at.look()
+    assert len(said) == 3 and link.admitted == ["a", "b"]
+
+
+def test_a_file_that_is_no_key_is_named_and_stops_nobody(two: Path, link: Link) -> None:
+    from cryptography.hazmat.primitives import serialization as form
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+
+    said: list[str] = []
+    at = door(two, said)
+    at.look()
+    key = ed25519.Ed25519PrivateKey.generate().public_key()
+    (two / "a.pub").write_text("half a k")  # as while it is copied: a stays
+    (two / "aa.pub").write_bytes(key.public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH))
+    keys.make_keys(two, nodes=["c"])
+    at.look()
+    at.look()
+    assert len(said) == 5 and said[4] == "node c may join" and link.admitted == ["a", "b", "c"]
+    assert f"{two}/a.pub': cannot be read as a public key" in said[2]
+    assert f"{two}/aa.pub': must be on an elliptic curve" in said[3]
+
+
+@pytest.mark.full
+def test_flowers_own_list_has_what_admission_needs(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's app in this process, asked by Flower's commands."""
+    import uvicorn
+    from flwr.superlink.main import create_app
+
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
+    served = uvicorn.Server(
+        uvicorn.Config(create_app(), host="127.0.0.1", port=flower.free_port(), log_level="warning", ws="none")
+    )
+    thread = threading.Thread(target=served.run)
+    thread.start()
+    try:
+        while not served.started:
+            time.sleep(0.05)
+        said: list[str] = []
+        there = flower.Server(f"127.0.0.1:{served.config.port}", None)
+        at = admission.Admission(there, two, said.append)
+        at.look()
+        (two / "a.pub").rename(two / "a.old")
+        at.look()
+        (two / "a.old").rename(two / "a.pub")
+        at.look()
+        with flower.control(there) as ask:
+            found = {each["name"]: (each["status"], each["key"]) for each in ask.nodes()}
+        named = submit.status(there)["nodes"]
+    finally:
+        served.should_exit = True
+        thread.join()
+    assert said[:2] == ["node a may join", "node b may join"] and "a is shut out" in said[2]
+    assert "this key was shut out before" in said[3] and len(said) == 4
+    assert found == {
+        "a": (admission.SHUT, keys.public_key(two / "a.pub")),
+        "b": ("registered", keys.public_key(two / "b.pub")),
+    }
+    assert [each["name"] for each in cast(list[dict[str, str]], named)] == ["b"]
+
+
+# ends -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_processs_groups_are_found_with_proc_or_ps_and_it_ends_without_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = [sys.executable, "-c", "import os; os.setsid() if os.fork() == 0 else 0; print(1, flush=True); input()"]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None and process.stdin is not None
+    with process.stdin, process.stdout:
+        assert process.stdout.readline() == process.stdout.readline() == b"1\n"
+        groups = server.groups_under(process.pid)
+        assert len(groups - {process.pid}) == 1
+        monkeypatch.setattr(Path, "is_dir", lambda path: False)
+        assert server.groups_under(process.pid) == groups
+        monkeypatch.setenv("PATH", "")
+        assert server.groups_under(process.pid) == set()
+        server.finish(process, grace=5, groups=groups)
+        assert process.returncode == -15
+        assert process.stdout.read() == b""  # nobody is left who could write
+
+
+# a node's life --------------------------------------------------------------------------------------------------------
+
+
+def test_two_nodes_do_not_share_a_state_folder(folder: Path, tmp_path: Path) -> None:
+    made = node.Node(server="fed.org:8443", keys=folder, name="berlin", state=tmp_path / "state")
+    with node._alone(made.state), pytest.raises(ConfigError, match=r"--state = .*another node runs with this folder"):
+        node.keep(made)
+    assert not (made.state / "berlin.toml").exists()
+
+
+def test_a_refusal_is_final_only_after_its_time_in_a_row(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An old refusal does not count for a new one: between them the node ended for another reason."""
+    ends: list[tuple[node.Why, bool]] = [("key", False), ("other", False), ("key", False), ("key", False)]
+    now = [1000.0]
+
+    def once(made: node.Node, config: Path, stop: threading.Event) -> tuple[node.Why, bool]:
+        assert tomllib.loads((made.state / "berlin.toml").read_text())["client"] == "berlin"
+        now[0] += 3600
+        return ends.pop(0)
+
+    monkeypatch.setattr(node, "_once", once)
+    monkeypatch.setattr(node, "LONGEST", 0.01)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    said: list[str] = []
+    made = node.Node(server="fed.org:8443", keys=folder, name="berlin", state=tmp_path / "state")
+    assert node.keep(made, said.append) == 1 and not ends
+    assert ["refused:" in line for line in said] == [True, False, True, False] and "error" in said[3]
+
+
 # what Flower's programs are told --------------------------------------------------------------------------------------
 
 
@@ -212,6 +506,10 @@ def test_a_configuration_of_any_text_survives_the_app(tmp_path: Path) -> None:
         (["node", "--name", "berlin", "--server", "fed.org:8443", "--insecure"], "--server = 'fed.org'"),
         (["node", "--name", "rome", "--server", "fed.org:8443", "--keys", "KEYS"], "rome.key': there is no such file"),
         (["node", "--name", "berlin", "--server", "fed.org", "--keys", "KEYS"], "must look like host:port"),
+        (
+            ["node", "--name", "berlin", "--server", "fed.org:8443", "--keys", "KEYS", "--data", "/no/scans"],
+            "--data = '/no/scans': must be a folder on this machine, or module:function",
+        ),
         (["status", "--server", "127.0.0.1:1", "--keys", "KEYS"], "no server answers there: Connection refused"),
         (["status", "--server", "127.0.0.1:1", "--keys", "nowhere"], "there is no such file"),
         (["stop", "last", "--server", "127.0.0.1:1", "--keys", "KEYS"], "must be a run's number"),
@@ -402,8 +700,11 @@ def test_sites_come_and_go_while_the_server_runs(federation: Federation) -> None
     federation.start("rome")
     federation.until(lambda: federation.joined("rome") > 0, 120, "node rome")
     assert federation.stop("rome") == 0
-    (federation.keys / "rome.pub").unlink()
+    (federation.keys / "rome.pub").rename(federation.keys / "rome.old")
     federation.until(lambda: "node rome is shut out" in federation.log(SERVER), 120, "shutting out of rome")
+    (federation.keys / "rome.pub").write_text((federation.keys / "rome.old").read_text())
+    again = "rome.pub: this key was shut out before"
+    federation.until(lambda: again in federation.log(SERVER), 120, "word of rome's return")
     left = submit.status(federation.server)["nodes"]
     assert "rome" not in {each["name"] for each in left}  # type: ignore[attr-defined]
 

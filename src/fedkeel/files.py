@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from fedkeel.errors import StorageError
 
@@ -21,7 +22,7 @@ def write(path: Path, content: bytes) -> str:
 
     Raises StorageError when the disk is full or cannot be written; what was at `path` is then as before.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")  # containers that share a disk share process numbers
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:

@@ -143,9 +143,16 @@ class Control:
 
     def __call__(self, *words: str) -> Mapping[str, object]:
         """The answer to a command such as ("supernode", "list"). Raises RunError with Flower's message."""
-        done = subprocess.run(
-            self.command(*words, "--format", "json"), env=self.env, capture_output=True, text=True, check=False
-        )
+        return self._answer(self.command(*words, "--format", "json"), words[0])
+
+    def nodes(self) -> list[dict[str, str]]:
+        """All nodes that Flower knows, those shut out too: name, node (its number), status, key. Raises RunError."""
+        found = self._answer([sys.executable, "-m", "fedkeel.deploy.known_nodes", LINK], "supernode")["nodes"]
+        assert isinstance(found, list)
+        return found
+
+    def _answer(self, command: list[str], word: str) -> Mapping[str, object]:
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False)
         try:
             found = json.loads(done.stdout[done.stdout.index("{") :])
         except ValueError:
@@ -153,7 +160,7 @@ class Control:
         if done.returncode or not found.get("success"):
             said = str(found.get("error-message") or done.stderr or done.stdout or f"exit code {done.returncode}")
             said = " ".join(said[max(said.find("[code"), 0) :].split())  # what it was doing stands before that
-            raise RunError(f"flwr {words[0]}: {said}")
+            raise RunError(f"flwr {word}: {said}")
         return dict(found)
 
     def command(self, *words: str) -> list[str]:

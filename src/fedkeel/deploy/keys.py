@@ -16,6 +16,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -102,9 +103,34 @@ def files(folder: Path, *names: str) -> list[Path]:
     return found
 
 
+def exposed(folder: Path, *names: str) -> list[str]:
+    """A warning for each of these private keys that others than its owner may use."""
+    return [
+        f"warning: {path} can be used by others on this machine (mode {mode:04o}); chmod 600 {path}"
+        for path in (folder / name for name in names)
+        if (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077
+    ]
+
+
 def public(folder: Path) -> dict[str, Path]:
     """Public keys of nodes in the folder, by the node's name."""
     return {path.stem: path for path in sorted(folder.glob("*.pub"))}
+
+
+def public_key(path: Path) -> str:
+    """A node's public key as Flower keeps it (PEM). Raises ConfigError naming the file."""
+    _need()
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import serialization as form
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    try:
+        key = form.load_ssh_public_key(path.read_bytes())
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        raise ConfigError("--keys", str(path), f"cannot be read as a public key: {error}") from None
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise ConfigError("--keys", str(path), "must be on an elliptic curve, as `fedkeel deploy keys` makes them")
+    return key.public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo).decode()
 
 
 def advice(folder: Path, nodes: Sequence[str]) -> list[str]:
@@ -153,8 +179,7 @@ def _pairs(folder: Path) -> dict[str, bool]:
 
 def _folder(folder: Path) -> None:
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.chmod(0o700)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # one that is there may hold other things: it stays open
     except OSError as error:
         raise StorageError(f"cannot write {folder}: {error.strerror or error}") from error
 

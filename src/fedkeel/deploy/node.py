@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import subprocess
@@ -9,8 +10,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -18,8 +19,9 @@ from typing import IO, Literal
 import tomli_w
 
 from fedkeel.deploy.flower import address, check_free, check_insecure, environment, free_port, program
-from fedkeel.deploy.keys import files
+from fedkeel.deploy.keys import exposed, files
 from fedkeel.deploy.server import ends, finish
+from fedkeel.errors import ConfigError, StorageError
 from fedkeel.files import write
 
 Why = Literal["key", "certificate", "clock", "port", "version", "other"]
@@ -50,6 +52,8 @@ LASTING: Mapping[Why, tuple[float, str]] = {
 LONGEST = 60.0
 """Seconds between two attempts, at most."""
 JOINED = "SuperNode ID:"
+FUNCTION = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*"
+"""What `module:function` looks like."""
 
 Say = Callable[[str], None]
 
@@ -81,12 +85,19 @@ class Node:
             files(self.keys, "ca.crt", f"{self.name}.key")
         if self.port is not None:
             check_free("127.0.0.1", self.port)
+        if self.data and not self.place.is_dir() and not re.fullmatch(FUNCTION, self.data):
+            raise ConfigError("--data", self.data, "must be a folder on this machine, or module:function")
+
+    @property
+    def place(self) -> Path:
+        """The site's data, where they are a folder."""
+        return Path(self.data).expanduser()
 
     def config(self) -> dict[str, str]:
         """What the client's process is told."""
         found = {"client": self.client or self.name, "state-dir": str(self.state.absolute())}
         if self.data:
-            found["data"] = str(Path(self.data).absolute()) if Path(self.data).exists() else self.data
+            found["data"] = str(self.place.absolute()) if self.place.is_dir() else self.data
         return found
 
     def command(self, port: int, config: Path) -> list[str]:
@@ -116,11 +127,15 @@ def keep(node: Node, say: Say = print, patience: Mapping[Why, float] | None = No
     1 when the server refuses it for good. patience: seconds for each kind of refusal, in place of LASTING's.
     """
     node.check()
-    (node.state / "flower").mkdir(parents=True, exist_ok=True)
-    config = (node.state / "node.toml").absolute()
-    write(config, tomli_w.dumps(node.config()).encode())
-    stop, wait, since = threading.Event(), 1.0, dict[Why, float]()
-    with ends(stop):
+    if node.keys is not None:
+        for text in exposed(node.keys, f"{node.name}.key"):
+            say(text)
+    stop, wait = threading.Event(), 1.0
+    why, first = "", 0.0  # of the refusals in a row, the last of which is the last end
+    with _alone(node.state), ends(stop):
+        (node.state / "flower").mkdir(exist_ok=True)
+        config = (node.state / f"{node.name}.toml").absolute()
+        write(config, tomli_w.dumps(node.config()).encode())
         while True:
             ended, joined = _once(node, config, stop)
             if stop.is_set():
@@ -128,15 +143,16 @@ def keep(node: Node, say: Say = print, patience: Mapping[Why, float] | None = No
                 return 0
             if joined:
                 wait = 1.0
-                since.clear()
+            fresh = joined or ended != why
+            if fresh:
+                why, first = ended, time.monotonic()
             if ended in LASTING:
                 limit, meaning = LASTING[ended]
                 limit = (patience or {}).get(ended, limit)
-                first = since.setdefault(ended, time.monotonic())
                 if time.monotonic() - first >= limit:
                     say(f"error: node {node.name}: refused for {limit:.0f} seconds: {meaning}")
                     return 1
-                if time.monotonic() - first < 1:
+                if fresh:
                     say(f"node {node.name}: refused: {meaning}; trying on for {limit:.0f} seconds")
                 wait = min(wait, 10.0)
             elif ended == "port" and node.port is not None:
@@ -147,6 +163,22 @@ def keep(node: Node, say: Say = print, patience: Mapping[Why, float] | None = No
             if stop.wait(wait):
                 return 0
             wait = min(2 * wait, LONGEST)
+
+
+@contextmanager
+def _alone(state: Path) -> Iterator[None]:
+    """Keeps other nodes out of a state folder. The lock is the system's and ends with the process, however it ends."""
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        file = (state / ".lock").open("w")
+    except OSError as error:
+        raise StorageError(f"cannot write {state}: {error.strerror or error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError("--state", str(state), "another node runs with this folder; give each its own") from None
+        yield
 
 
 def _once(node: Node, config: Path, stop: threading.Event) -> tuple[Why, bool]:

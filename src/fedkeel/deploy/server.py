@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import http.client
-import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
 
-from fedkeel.deploy.flower import Server, check_free, check_insecure, control, environment, program
-from fedkeel.deploy.keys import expires, files, hosts_of, public
+from fedkeel.deploy.admission import Admission
+from fedkeel.deploy.flower import Server, check_free, check_insecure, environment, program
+from fedkeel.deploy.keys import expires, exposed, files, hosts_of
 from fedkeel.errors import ConfigError, RunError
-from fedkeel.files import write_json
 
 START = 120.0
 """Seconds within which the server must answer."""
@@ -26,8 +26,6 @@ LOOK = 5.0
 """Seconds between looks at the folder of keys."""
 GRACE = 15.0
 """Seconds to end in, before a process is killed."""
-NODES = "nodes.json"
-"""Beside the keys: Flower's number of each node, by name."""
 ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 Say = Callable[[str], None]
@@ -67,9 +65,9 @@ def serve(
         if here not in hosts_of(keys):
             names = f"the server's certificate names {', '.join(hosts_of(keys))} only (fedkeel deploy keys --host)"
             raise ConfigError("--host", host, names)
-        left = expires(keys) - datetime.now(UTC)
-        if left.days < 30:
-            say(f"warning: the server's certificate ends on {expires(keys):%Y-%m-%d}; see `fedkeel deploy keys`")
+        _check_certificate(keys, say)
+        for text in exposed(keys, "server.key"):
+            say(text)
     check_free(host, port)
     database = database.absolute()
     database.parent.mkdir(parents=True, exist_ok=True)
@@ -86,10 +84,10 @@ def serve(
         say(
             f"the server answers on {host}:{port}" + (" (plain HTTP, no keys)" if keys is None else " (TLS, node keys)")
         )
-        admitted: list[str] | None = None
+        admission = None if keys is None else Admission(server, keys, say)
         while not stop.is_set() and link.poll() is None:
-            if keys is not None and admitted != (there := sorted(public(keys))) and _admit(server, keys, say):
-                admitted = there
+            if admission is not None:
+                admission.look()
             stop.wait(LOOK)
         return _ended(link, stop, say)
 
@@ -127,7 +125,7 @@ def finish(process: subprocess.Popen[bytes], grace: float = GRACE, groups: Itera
     Flower's server starts others in groups of their own, and does not wait for them: one that goes on for a while
     would still hold its run's folder.
     """
-    left = {process.pid, *groups, *groups_under(process.pid)}
+    left = {process.pid, *groups, *groups_under(process.pid)}  # before it ends: orphans are nobody's children
     if process.poll() is None:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -139,29 +137,70 @@ def finish(process: subprocess.Popen[bytes], grace: float = GRACE, groups: Itera
 
 
 def groups_under(process: int) -> set[int]:
-    """Process groups of a process's descendants, the caller's own left out."""
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,pgid="], capture_output=True, text=True, check=False).stdout
-    rows = [tuple(map(int, line.split())) for line in listed.splitlines()]
-    family, size = {process}, 0
+    """Process groups of a process's descendants, the caller's own left out; {} where the system does not tell."""
+    rows, family, size = _processes(), {process}, 0
     while len(family) > size:
         size = len(family)
         family |= {pid for pid, parent, _ in rows if parent in family}
     return {group for pid, _, group in rows if pid in family and pid != process} - {os.getpgrp()}
 
 
+def _processes() -> list[tuple[int, int, int]]:
+    """Number, parent and group of each process: from /proc (slim images have no ps), else from ps."""
+    rows = []
+    for path in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
+        with suppress(OSError, ValueError):  # it has ended, or is no process
+            # "number (name) state parent group ...", and a name may hold anything
+            _, parent, group, *_ = (path / "stat").read_text(errors="replace").rpartition(")")[2].split()
+            rows.append((int(path.name), int(parent), int(group)))
+    if rows:
+        return rows
+    words = ["ps", "-A", "-o", "pid=,ppid=,pgid="]
+    with suppress(OSError):  # what asks wants to end a process: that must go on
+        listed = subprocess.run(words, capture_output=True, text=True, check=False).stdout
+        for line in listed.splitlines():
+            number, parent, group = line.split()
+            rows.append((int(number), int(parent), int(group)))
+    return rows
+
+
+def _check_certificate(keys: Path, say: Say) -> None:
+    """Warns of a certificate that ends soon. Raises ConfigError for one that has ended or does not go with its key."""
+    path, end = keys / "server.crt", expires(keys)
+    anew = "move server.crt and server.key away and call `fedkeel deploy keys` with the same --host where ca.key is"
+    left = end - datetime.now(UTC)
+    if left < timedelta():
+        raise ConfigError("--keys", str(path), f"the certificate ended on {end:%Y-%m-%d}: {anew}")
+    if left.days < 30:
+        say(f"warning: the server's certificate ends on {end:%Y-%m-%d}: {anew}")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(path, keys / "server.key", password="")
+    except ssl.SSLError as error:
+        raise ConfigError("--keys", str(path), f"does not go with server.key: {error.reason}") from None
+
+
 def _up(server: Server, link: subprocess.Popen[bytes], stop: threading.Event) -> bool:
-    """Waits for the server. Raises RunError when it does not answer, or answers without its guard."""
+    """Waits for the server. Raises RunError when it does not answer, or answers without its guard, ConfigError when
+    its certificate cannot be verified."""
+    last = ""
     for _ in range(int(START / 0.5)):
         if stop.is_set() or link.poll() is not None:
             return False
-        with suppress(OSError, http.client.HTTPException):
+        try:
             status, guarded = server.answer(timeout=5)
+        except ssl.SSLCertVerificationError as error:
+            why = f"server.crt cannot be verified by ca.crt: {error.verify_message}"
+            raise ConfigError("--keys", str(server.keys), why) from None
+        except (OSError, http.client.HTTPException) as error:
+            last = str(error) or type(error).__name__
+        else:
             if not guarded:
                 raise RunError("this version of Flower starts without the guard of its commands; it was stopped")
             if status == 200:
                 return True
+            last = f"it answers with status {status}"
         stop.wait(0.5)
-    raise RunError(f"the server does not answer on {server.where} after {START:.0f} seconds; its log is above")
+    raise RunError(f"the server does not answer on {server.where} after {START:.0f} seconds ({last}); its log is above")
 
 
 def _ended(link: subprocess.Popen[bytes], stop: threading.Event, say: Say) -> int:
@@ -170,46 +209,3 @@ def _ended(link: subprocess.Popen[bytes], stop: threading.Event, say: Say) -> in
         return 0
     say(f"error: the server ended by itself with code {link.returncode}; its log is above")
     return 1
-
-
-def _admit(server: Server, keys: Path, say: Say) -> bool:
-    """Registers nodes whose key is new in the folder, and shuts out those whose key is gone; whether all that went."""
-    known, there = registered(keys), public(keys)
-    try:
-        with control(server) as flower:
-            listed = _numbers(flower("supernode", "list", "--verbose").get("nodes"))
-            for name in [name for name in known if name not in there]:
-                number = known.pop(name)
-                if number in listed:
-                    flower("supernode", "unregister", number)
-                    say(f"node {name} is shut out: its key is gone from {keys}")
-            for name, path in there.items():
-                if known.get(name) in listed:
-                    continue
-                try:
-                    known[name] = str(flower("supernode", "register", str(path), "--name", name)["node-id"])
-                    say(f"node {name} may join")
-                except RunError as error:
-                    if "already in use" not in str(error):
-                        raise
-                    known[name] = ""  # registered by other means: its number is not told
-        write_json(keys / NODES, known)
-    except (RunError, ConfigError) as error:
-        say(f"warning: nodes are not registered yet: {error}")
-        return False
-    return True
-
-
-def registered(keys: Path) -> dict[str, str]:
-    """Flower's number of each node by name, {} where no server has noted any."""
-    try:
-        found = json.loads((keys / NODES).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return {str(name): str(number) for name, number in found.items()} if isinstance(found, dict) else {}
-
-
-def _numbers(nodes: object) -> set[str]:
-    """Numbers of the nodes that Flower lists, those it has forgotten left out."""
-    rows = nodes if isinstance(nodes, list) else []
-    return {str(row["node-id"]) for row in rows if row.get("status") != "unregistered"}

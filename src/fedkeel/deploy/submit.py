@@ -13,8 +13,9 @@ from pathlib import Path
 import tomli_w
 
 from fedkeel.config import Config
+from fedkeel.deploy.admission import SHUT
 from fedkeel.deploy.flower import Control, Server, control
-from fedkeel.deploy.server import finish, registered
+from fedkeel.deploy.server import finish
 from fedkeel.errors import ConfigError, RunError
 
 COMPONENTS = ("fedkeel.runtimes.flower:server_app", "fedkeel.runtimes.flower:client_app")
@@ -87,13 +88,13 @@ def submit(
 def status(server: Server) -> dict[str, object]:
     """`nodes`: name, node (Flower's number), status. `runs`: run, name, status, details, elapsed, the newest first."""
     with control(server) as flower:
-        nodes, runs = flower("supernode", "list").get("nodes"), flower("list").get("runs")
-    names = {} if server.keys is None else {number: name for name, number in registered(server.keys).items()}
-    assert isinstance(nodes, list) and isinstance(runs, list)
+        nodes, runs = flower.nodes(), flower("list").get("runs")
+    assert isinstance(runs, list)
     return {
         "nodes": [
-            {"name": names.get(str(row["node-id"]), ""), "node": str(row["node-id"]), "status": row["status"]}
-            for row in nodes
+            {"name": node["name"], "node": node["node"], "status": node["status"]}
+            for node in nodes
+            if node["status"] != SHUT
         ],
         "runs": [
             {
