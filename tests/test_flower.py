@@ -6,7 +6,7 @@ import json
 import re
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import battery
 import numpy as np
@@ -15,24 +15,30 @@ import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from test_privacy import PRIVATE
 
 pytest.importorskip("flwr")
 
 import loopback
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
+from fedkeel.algorithms.base import Algorithm
 from fedkeel.checkpoint import Checkpoints
 from fedkeel.config import parse
+from fedkeel.data import site
 from fedkeel.errors import ConfigError, RunError, TooFewClients
 from fedkeel.job import Job
 from fedkeel.loop import run
-from fedkeel.records import Reply
-from fedkeel.runtimes import flower, flower_server, wire
+from fedkeel.privacy import norm
+from fedkeel.records import Reply, Update
+from fedkeel.registry import register
+from fedkeel.runtimes import flower, flower_roster, flower_server, wire
 from fedkeel.runtimes.inprocess import InProcessRuntime
 
 
-def config(tmp_path, *overrides, method="fedavg"):
-    return battery.config(method, "data.name=tiny", f"runs_dir={tmp_path}/runs", "federation.join_wait=0.5", *overrides)
+def config(tmp_path, *overrides, method="fedavg", net="batch"):
+    where = ("data.name=tiny", f"runs_dir={tmp_path}/runs", "federation.join_wait=0.5")
+    return battery.config(method, *where, *overrides, net=net)
 
 
 def state_files(tmp_path):
@@ -58,6 +64,56 @@ def test_every_method_gives_the_same_bits(tmp_path, method):
     for client, number in accepted:
         kept = load_file(tmp_path / "alone" / "clients" / f"{client}-{number}.safetensors")
         battery.same_bits(there[client, number], kept, f"client {client}, round {number}: ")
+
+
+def kept_of(grid):
+    """What nodes answer from now on, by action."""
+    replies = []
+
+    def keep(action, message, answer):
+        reply = answer()
+        replies.append((action, flower.packet_of(reply.content)))
+        return reply
+
+    grid.change = dict.fromkeys(grid.nodes, keep)
+    return replies
+
+
+def test_privacy_gives_the_same_bits_and_nodes_clip(tmp_path):
+    """Before anything leaves the node, what it sends is no longer than the limit, and without the limit it is."""
+    pytest.importorskip("dp_accounting")
+    cfg = config(tmp_path, *PRIVATE, "local.lr=0.5", method="scaffold", net="group")
+    alone = run(cfg)
+    grid = loopback.grid(tmp_path)
+    replies = kept_of(grid)
+    battery.same(alone, loopback.federate(grid, cfg))
+    assert 0 < alone.rounds[0]["privacy/epsilon"] <= alone.rounds[-1]["privacy/epsilon"]
+    assert [record["failed"] for record in alone.rounds] == [[]] * 3
+    found = [
+        {name: wire.tensor_of(raw) for name, raw in packet.tensors.items()}
+        for action, packet in replies
+        if action == "train.fit"
+    ]
+    assert len(found) == 6 and all(set(each) == {"delta", "buffers", "extra.c"} for each in found)
+    lengths = [norm(Update(1.0, each["delta"], {"c": each["extra.c"]})) for each in found]
+    assert cfg.privacy is not None and max(lengths) <= cfg.privacy.clip
+    job = Job(replace(cfg, privacy=None))
+    whole = job.worker.fit(job.first_server(), 0, None).update
+    assert whole is not None and norm(whole) > 2 * cfg.privacy.clip, "there was nothing to clip"
+
+
+def test_a_robust_median_gives_the_same_bits(tmp_path):
+    cfg = config(tmp_path, "robust.name=median", "participation=1.0", method="scaffold")
+    over = loopback.federate(loopback.grid(tmp_path), cfg)
+    battery.same(run(cfg), over)
+    plain = run(replace(cfg, robust=None))
+    assert any(not torch.equal(tensor, over.weights[name]) for name, tensor in plain.weights.items())
+
+
+def test_more_clients_than_are_sent_to_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(flower_roster, "AT_ONCE", 2)
+    cfg = config(tmp_path, "clients=5", "participation=1.0", "partition.min_size=2", "pool.dir=", method="fbl")
+    battery.same(run(cfg), loopback.federate(loopback.grid(tmp_path, clients=5), cfg))
 
 
 # faults of nodes ------------------------------------------------------------------------------------------------------
@@ -89,6 +145,11 @@ def with_nan(packet):
     return replace(packet, tensors={**packet.tensors, "delta": wire.raw(delta)})
 
 
+def vast(packet):
+    delta = torch.full_like(wire.tensor_of(packet.tensors["delta"]), 3e38)
+    return replace(packet, tensors={**packet.tensors, "delta": wire.raw(delta)})
+
+
 def raises(action, message, answer):
     if action == "train.fit":
         raise RuntimeError("out of coffee")
@@ -117,6 +178,9 @@ def pickled(action, message, answer):
         (with_tensor("delta", torch.zeros(600_000)), "a reply of 2.3 MiB, federation.max_reply is 2.0"),
         (with_facts(versions={**wire.versions(), "fedkeel": "0.0.1"}), "fedkeel 0.0.1, the server has"),
         (with_facts(weight=-5.0), "its weight is -5.0"),
+        (with_facts(weight=1e300), r"its weight is 1e\+300"),
+        (spoiled(vast), r"'delta' holds 3e\+38"),
+        (with_facts(failure="\ud800\nround 9/9\x1b[2J"), r"^  round 9/9 \[2J$"),
         (pickled, "is written as 'numpy.ndarray'"),
     ],
 )
@@ -128,6 +192,62 @@ def test_a_faulty_node_is_named_and_the_round_goes_on(tmp_path, act, why):
     record = result.rounds[0]
     assert record["clients"] == [0, 1, 3] and [note["client"] for note in record["failed"]] == [2]
     assert re.search(why, record["failed"][0]["reason"]), record["failed"]
+
+
+def test_a_round_of_weight_zero_is_tried_again(tmp_path, monkeypatch, room):
+    """On a federation, by a server that lives on; anywhere else it ends the run, with the same words."""
+    monkeypatch.setattr(flower_server, "PAUSE", 0.01)
+    cfg = config(tmp_path, "participation=1.0")
+    grid, left = loopback.grid(tmp_path), [4]
+
+    def weightless(action, message, answer):
+        if action != "train.fit" or not left[0]:
+            return answer()
+        left[0] -= 1
+        return with_facts_of(answer(), message, weight=0.0)
+
+    grid.change = dict.fromkeys(grid.nodes, weightless)
+    battery.same(run(cfg), loopback.federate(grid, cfg))
+    assert left == [0]
+
+    @register("algorithms", "weightless")
+    @dataclass(frozen=True, kw_only=True)
+    class Weightless(Algorithm):
+        def weight(self, local):
+            return 0.0
+
+    with pytest.raises(TooFewClients, match="round 1: the weights of all usable updates are zero"):
+        run(replace(cfg, algorithm=Weightless()))
+
+
+def test_a_server_that_is_away_for_a_moment_costs_a_reply(tmp_path, monkeypatch):
+    """Flower raises when it cannot be reached: what was to be sent is lost, and why is in the record."""
+    cfg = config(tmp_path, "participation=1.0", "rounds=2")
+    grid, push, down = loopback.grid(tmp_path), loopback.Loopback.push_messages, [True]
+    monkeypatch.setattr(flower_roster, "AT_ONCE", 2)
+
+    def away(self, messages):
+        if down[0] and messages[0].metadata.message_type == "train.fit":
+            down[0] = False
+            raise ConnectionError("connection refused\nby peer")
+        return push(self, messages)
+
+    monkeypatch.setattr(loopback.Loopback, "push_messages", away)
+    first, second = loopback.federate(grid, cfg).rounds
+    why = "it could not be sent: ConnectionError: connection refused by peer"
+    assert first["failed"] == [{"client": 0, "reason": why}, {"client": 1, "reason": why}]
+    assert first["clients"] == [2, 3] and second["clients"] == [0, 1, 2, 3]
+
+
+def test_why_an_answer_could_not_be_fetched_is_told():
+    class Post:
+        def take(self, number):
+            raise OSError("no route to host")
+
+    reason = flower_roster.Awaited(Post(), "7", 0.1, 0.01).wait().reason
+    assert reason == "no reply within 0.1 seconds; OSError: no route to host"
+    Post.take = lambda self, number: None
+    assert flower_roster.Awaited(Post(), "7", 0.1, 0.01).wait().reason == "no reply within 0.1 seconds"
 
 
 def test_it_ends_as_a_run_in_which_the_same_clients_failed(tmp_path, room):
@@ -243,6 +363,34 @@ def test_a_node_joins_late_and_another_leaves(tmp_path):
     result = loopback.federate(grid, cfg)
     assert [record["clients"] for record in result.rounds] == [[0, 1, 2], [0, 1, 2, 3], [1, 2, 3]]
     assert result.rounds[2]["failed"] == [{"client": 0, "reason": "no node is connected for this client"}]
+
+
+def test_a_round_does_not_wait_for_nodes_that_were_refused(tmp_path, monkeypatch, capsys):
+    """The fifth node is refused, asked again before each round, and does not answer any more."""
+    monkeypatch.setattr(flower_roster, "AGAIN", 0.0)
+    cfg = config(tmp_path, "rounds=3", "participation=1.0")
+    grid, asked = loopback.grid(tmp_path), []
+    grid.nodes[104] = {"client": "nobody"}
+
+    def once(action, message, answer):
+        asked.append(action)
+        return answer() if len(asked) == 1 else None
+
+    grid.change[104] = once
+    began = time.monotonic()
+    result = loopback.federate(grid, cfg)
+    assert time.monotonic() - began < flower_roster.NEWCOMERS / 2
+    assert len(asked) > 1 and [record["clients"] for record in result.rounds] == [[0, 1, 2, 3]] * 3
+    assert capsys.readouterr().out.count("refused: node 104: client = 'nobody'") == 1
+
+
+def test_a_node_has_as_long_to_load_its_data_as_the_configuration_says(tmp_path):
+    cfg = config(tmp_path, "rounds=1", "federation.load_deadline=7000")
+    grid = loopback.grid(tmp_path)
+    loopback.federate(grid, cfg)
+    asked = [message for message in grid.sent if message.metadata.message_type == "query.info"]
+    assert [flower.seconds_of(message) for message in asked] == [7000.0] * 4
+    assert {round(message.metadata.ttl - flower.GRACE) for message in asked} == {7000}
 
 
 def test_too_few_clients_fail_the_run_in_the_end(tmp_path, monkeypatch, capsys):
@@ -403,6 +551,55 @@ def test_who_joins_late_makes_its_images_beside_the_rounds(tmp_path):
     assert result.rounds[1]["failed"] == [{"client": 1, "reason": "its images are still being made"}]
 
 
+@pytest.mark.parametrize("needed", [3, 4])
+def test_a_client_that_cannot_make_its_images_is_passed_over(tmp_path, monkeypatch, capsys, needed):
+    """It is asked a few times. Then its reply counts as failed: the round goes on, or is tried again in vain."""
+    monkeypatch.setattr(flower_server, "PAUSE", 0.01)
+    monkeypatch.setattr(flower_server, "RETRIES", 1)
+    cfg = config(tmp_path, "participation=1.0", "rounds=1", f"min_replies={needed}", "pool.dir=", method="fbl")
+    making = [k for k, plan in enumerate(Job(cfg).plans()) if int(plan.fake.sum())]
+    grid, node = loopback.grid(tmp_path), 100 + making[0]
+
+    def dies(action, message, answer):
+        if action == "train.prepare":
+            raise RuntimeError("out of memory")
+        return answer()
+
+    grid.change[node] = dies
+    why = "it has not made its images: Flower, code 2: .*out of memory"
+    if needed == 3:
+        record = loopback.federate(grid, cfg).rounds[0]
+        assert [note["client"] for note in record["failed"]] == [making[0]]
+        assert re.match(f"{why}|its images are still being made", record["failed"][0]["reason"])
+        assert grid.log.count((node, "train.prepare")) == 2, "before the rounds, and once more"
+    else:
+        with pytest.raises(TooFewClients, match=f"3 usable updates, min_replies = 4: client {making[0]}: {why}"):
+            loopback.federate(grid, cfg)
+        assert grid.log.count((node, "train.prepare")) == 2 * (1 + flower_server.ATTEMPTS)
+        assert "trying again (1 of 1)" in capsys.readouterr().out
+
+
+def test_a_client_that_leaves_while_it_makes_its_images_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(flower_server, "RETRIES", 0)
+    cfg = config(tmp_path, "participation=1.0", "rounds=1", "min_replies=4", "pool.dir=", method="fbl")
+    making = [k for k, plan in enumerate(Job(cfg).plans()) if int(plan.fake.sum())]
+    grid, asked = loopback.grid(tmp_path, threads=True), []
+
+    def leaves(action, message, answer):
+        if action != "train.prepare":
+            return answer()
+        asked.append(action)
+        if len(asked) == 1:
+            raise RuntimeError("not now")
+        threading.Timer(0.3, lambda: grid.nodes.pop(100 + making[0])).start()
+        return None
+
+    grid.change[100 + making[0]] = leaves
+    with pytest.raises(TooFewClients, match="no node is connected for this client"):
+        loopback.federate(grid, cfg)
+    assert len(asked) == 2
+
+
 # personal models ------------------------------------------------------------------------------------------------------
 
 
@@ -471,23 +668,116 @@ def test_sites_train_on_their_own_data(tmp_path, method):
     assert 0 <= result.rounds[-1]["local_after/accuracy"] <= 1, "measured by the one site that has test images"
 
 
-def test_what_a_site_sends_has_nothing_of_its_data_in_it(tmp_path):
+def site_c():
+    """Of each class another number: 3, 11, 17, 29."""
+    found = tiny.data(train=160, seed=7)
+    rows = torch.cat([torch.nonzero(found.train_y == c)[:n, 0] for c, n in enumerate((3, 11, 17, 29))])
+    return found.train_x[rows].numpy(), found.train_y[rows].numpy()
+
+
+def found_in(sent, x, y):
+    """What of a site's data is in bytes that it sent: rows of its pictures, as they are or normalised; how many it has
+    of each class, or which share, in any of the types that numbers come in."""
+    held = tiny.data()
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (held.mean, held.std))
+    counts = torch.bincount(torch.as_tensor(y), minlength=4)
+    pixels = torch.as_tensor(x).view(len(y), 1, 16, 16)
+    shown = (pixels, pixels / 255, (pixels / 255 - mean) / std)
+    wanted = [(f"a row of picture {k}", part[k, 0, row]) for part in shown for k in range(len(y)) for row in range(16)]
+    types = (torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64)
+    wanted += [(f"counts as {kind}", counts.to(kind)) for kind in types]
+    wanted += [(f"shares as {kind}", (counts.double() / len(y)).to(kind)) for kind in types[3:]]
+    wanted += [(f"labels as {kind}", torch.as_tensor(y).to(kind)) for kind in types]
+    return [name for name, tensor in wanted if wire.raw(tensor).data in sent]
+
+
+def numbers_in(value):
+    """All numbers in a JSON value, and those that its texts hold."""
+    if isinstance(value, str):
+        return [float(word) for word in re.findall(r"(?<![\w.])\d+(?![\w.])", value)]
+    if isinstance(value, (dict, list)):
+        parts = value.values() if isinstance(value, dict) else value
+        return [number for part in parts for number in numbers_in(part)]
+    return [] if value is None else [float(value)]
+
+
+@pytest.mark.parametrize("method", ["scaffold", "fbl"])
+def test_what_a_site_sends_has_nothing_of_its_data_in_it(tmp_path, method):
     """Names of fields and numbers of samples, and what the method declares; not one picture or count of a class."""
-    grid, replies = site_grid(tmp_path), []
-
-    def keep(action, message, answer):
-        reply = answer()
-        replies.append((action, flower.packet_of(reply.content)))
-        return reply
-
-    grid.change = dict.fromkeys(grid.nodes, keep)
-    loopback.federate(grid, sited(tmp_path, method="scaffold"))
+    grid = site_grid(tmp_path)
+    grid.nodes[101]["data"] = "test_flower:site_c"
+    replies = kept_of(grid)
+    loopback.federate(grid, sited(tmp_path, "personal.measure=always", method=method))
     fields = {action: set(wire.loads(packet.text)) for action, packet in replies}
     assert fields["query.info"] == {"client", "samples", "partition", "key", "versions", "warnings"}
     assert fields["train.fit"] == wire.FACTS
+    if method == "fbl":
+        assert fields["train.prepare"] == {"client", "images", "seconds", "versions", "warnings"}
     assert {name for _, packet in replies for name in packet.tensors if "counter" not in name} == {
-        "delta", "buffers", "extra.c"
+        "delta", "buffers", *(["extra.c"] if method == "scaffold" else []),
     }  # fmt: skip
+    (x, y), counts = site_c(), {3.0, 11.0, 17.0, 29.0}
+    own = [packet for _, packet in replies if wire.loads(packet.text)["client"] == 1]
+    assert len(own) >= 3
+    for packet in own:
+        sent = b"|".join([packet.text.encode(), *(raw.data for raw in packet.tensors.values())])
+        assert found_in(sent, x, y) == []
+        facts = wire.loads(packet.text)
+        told = {key: facts[key] for key in set(facts) - {"client", "round", "seconds", "versions", "metrics"}}
+        assert not counts & set(numbers_in(told)), told
+    assert found_in(b"..." + x[7, 0, 3].tobytes() + b"...", x, y) == ["a row of picture 7"]
+    leak = wire.raw(torch.tensor([3, 11, 17, 29])).data
+    assert found_in(leak, x, y) == ["counts as torch.int64"]
+    assert counts & set(numbers_in({"warnings": ["there are 17 of class 2"]}))
+
+
+def test_a_sites_pictures_are_decoded_once_for_all_messages(tmp_path, monkeypatch):
+    """Each message has a new process, which finds them decoded."""
+    seen, decode = [], site.decode
+
+    def counted(pictures, count, *rest):
+        seen.append(count)
+        return decode(pictures, count, *rest)
+
+    monkeypatch.setattr(site, "decode", counted)
+    result = loopback.federate(site_grid(tmp_path), sited(tmp_path))
+    assert [record["clients"] for record in result.rounds] == [[0, 1, 2]] * 2
+    assert seen == [20]
+    assert [path.parts[-3] for path in tmp_path.glob("node*/decoded/*")] == ["node2"], "only of folders"
+
+
+def test_an_absent_site_is_waited_for_once(tmp_path, monkeypatch, capsys):
+    cfg, grid, waits = sited(tmp_path), site_grid(tmp_path), []
+    wait = flower_roster.Roster.wait
+
+    def noted(self, clients, wanted, seconds):
+        waits.append(wanted)
+        return wait(self, clients, wanted, seconds)
+
+    monkeypatch.setattr(flower_roster.Roster, "wait", noted)
+    del grid.nodes[102]
+    loopback.federate(grid, cfg)
+    assert waits == [3, 1], "for all, then for min_replies of them, which are there"
+    assert capsys.readouterr().out.count("going on without client c") == 1
+
+
+def test_sites_keep_their_order_when_a_run_is_resumed(tmp_path):
+    """The number stands for the place, and each node has its own client's state only."""
+    cfg = sited(tmp_path, "rounds=1")
+    loopback.federate(site_grid(tmp_path), cfg)
+    for names in (["b", "a", "c"], ["a", "b", "d"], []):
+        other = replace(cfg, federation=replace(cfg.federation, sites=tuple(names)))
+        grid = site_grid(tmp_path)
+        with pytest.raises(ConfigError, match="must be as when this run began: a, b, c") as caught:
+            loopback.federate(grid, other, resume=True)
+        assert (caught.value.key, caught.value.value) == ("federation.sites", names)
+        assert grid.log == [], "before anybody is asked"
+    loopback.federate(site_grid(tmp_path), replace(cfg, rounds=1), resume=True)
+    note = cfg.folder / "federation.json"
+    table = json.loads(note.read_text())
+    assert table.pop("sites") == ["a", "b", "c"]
+    note.write_text(json.dumps(table))
+    loopback.federate(site_grid(tmp_path), cfg, resume=True)  # noted by an earlier version
 
 
 def test_a_node_with_data_needs_sites_and_the_other_way_round(tmp_path, capsys):

@@ -299,6 +299,10 @@ MISDEEDS = {
         2: ("old", r"refused: fedkeel 0\.0\.1, the server has"),
     },
     5: {
+        1: ("vast", r"refused: 'delta' holds 3e\+38, 1e\+09 is the most that is taken"),
+        2: ("heavy", r"refused: its weight is 1e\+300"),
+    },
+    6: {
         1: ("hang", rf"no reply within {DEADLINE:g} seconds"),
         2: ("hang-hard", rf"no reply within {DEADLINE:g} seconds|Flower, code"),
     },
@@ -307,10 +311,11 @@ MISDEEDS = {
 
 
 def test_misbehaving_nodes(town: Town, record_property: Note) -> None:
-    """Nodes that raise, send NaN, wrong shapes, 48 MiB where 8 are allowed, an undeclared field, or the reply of an old
-    version, that hang, and that hang and do not let themselves be ended: each is refused and named in its round's
-    record, the round goes on with the others, and afterwards the node takes part as if nothing had been."""
-    federation, asked = town.federation, config("misbehaving", 8, max_reply=8.0)
+    """Nodes that raise, send NaN, wrong shapes, 48 MiB where 8 are allowed, an undeclared field, the reply of an old
+    version, or numbers that no sum could take, that hang, and that hang and do not let themselves be ended: each is
+    refused and named in its round's record, the round goes on with the others, and afterwards the node takes part as if
+    nothing had been."""
+    federation, asked = town.federation, config("misbehaving", 9, max_reply=8.0)
     for round_, clients in MISDEEDS.items():
         for client, (what, _) in clients.items():
             town.tell(asked, client, round_, what)
@@ -325,7 +330,7 @@ def test_misbehaving_nodes(town: Town, record_property: Note) -> None:
             record_property(what, notes[client])
         assert record["seconds/train"] <= DEADLINE + SLACK
     for client in range(3):
-        assert any(client in record["clients"] for record in records[5:]), f"client {client} is not back"
+        assert any(client in record["clients"] for record in records[6:]), f"client {client} is not back"
     log = process.log()
     assert "client 2: refused: fedkeel 0.0.1" in log, "the run's log does not name it"
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import re
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny
 import torch
 from PIL import Image
 
+from fedkeel.data import site
 from fedkeel.data.dataset import Dataset
 from fedkeel.data.site import Target, load
-from fedkeel.errors import ConfigError, DataError, EmptyClient
+from fedkeel.errors import ConfigError, DataError, EmptyClient, StorageError
 
 TARGET = Target(("cat", "dog", "fox"), (1, 16, 16), (0.25,), (0.5,))
 X = torch.arange(6 * 256, dtype=torch.int64).remainder(251).to(torch.uint8).reshape(6, 1, 16, 16)
@@ -154,6 +157,145 @@ def test_a_class_that_the_federation_does_not_have(tmp_path):
         load(str(tmp_path / "empty"), TARGET)
 
 
-def test_nothing_of_the_sites_own_statistics():
-    assert load("test_site:numbered", TARGET).std == (0.5,)
-    assert tiny.data().std != (0.5,)
+def test_nothing_of_the_sites_own_statistics(tmp_path):
+    """One picture among black ones, among white ones and alone: mean and deviation are the federation's, and its bytes
+    are the same, so that nothing of the others is in them."""
+    loaded = []
+    for name, grey in (("black", 0), ("white", 255), ("alone", None)):
+        place = folder(tmp_path / name, "train", ["fox"])
+        for number in range(20 if grey is not None else 0):
+            (tmp_path / name / "train" / "cat").mkdir(exist_ok=True)
+            Image.new("L", (16, 16), grey).save(tmp_path / name / "train" / "cat" / f"{number}.png")
+        loaded.append(load(place, TARGET))
+    assert [len(found.train_y) for found in loaded] == [21, 21, 1]
+    for found in (*loaded, load("test_site:numbered", TARGET), load("test_site:as_dataset", TARGET)):
+        assert (found.mean, found.std) == (TARGET.mean, TARGET.std)
+    for found in loaded:
+        assert torch.equal(found.train_x[found.train_y == 2], X[:1])
+
+
+# the decoded copy -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def decodings(monkeypatch):
+    """How many splits have been decoded."""
+    seen, decode = [], site.decode
+
+    def counted(pictures, count, *rest):
+        seen.append(count)
+        return decode(pictures, count, *rest)
+
+    monkeypatch.setattr(site, "decode", counted)
+    return seen
+
+
+def same(one, other):
+    return all(
+        torch.equal(getattr(one, part), getattr(other, part)) for part in ("train_x", "train_y", "test_x", "test_y")
+    )
+
+
+@pytest.mark.parametrize("kind", ["pictures", "parquet"])
+def test_pictures_are_decoded_once(tmp_path, decodings, monkeypatch, kind):
+    """A copy in several files, for this target alone, and only for the user whose node it is."""
+    monkeypatch.setattr(site, "AT_ONCE", 2 * 256)
+    place, copies = tmp_path / "data", tmp_path / "state" / "decoded"
+    if kind == "pictures":
+        folder(place, "train", ["fox", "cat", "dog", "fox", "cat"])
+        folder(place, "test", ["fox"])
+    else:
+        parquet(place / "train-0.parquet", [1, 0, 1, 0, 1], ["dog", "fox"])
+        parquet(place / "test-0.parquet", [1], ["dog", "fox"])
+    plain = load(str(place), TARGET)
+    assert decodings == [5, 1]
+    for _ in range(3):
+        assert same(load(str(place), TARGET, copies), plain)
+    assert decodings == [5, 1, 5, 1]
+    (there,) = copies.iterdir()
+    assert len(list(there.glob("train-*.safetensors"))) == 3 and there.stat().st_mode & 0o777 == 0o700
+    small = replace(TARGET, shape=(1, 8, 8))
+    for _ in range(2):
+        assert load(str(place), small, copies).train_x.shape == (5, 1, 8, 8)
+    assert decodings == [5, 1, 5, 1, 5, 1] and len(list(copies.iterdir())) == 2
+
+
+def changes(place):
+    """What makes a copy one of other pictures."""
+    first = sorted((place / "train").rglob("*.png"))[0]
+
+    def rewritten():
+        first.write_bytes(png(5))
+
+    def touched():
+        os.utime(first, (1, 1))
+
+    def renamed():
+        first.rename(first.with_name("another.png"))
+
+    def more():
+        (first.parent / "more.png").write_bytes(png(4))
+
+    def less():
+        first.unlink()
+
+    return {each.__name__: each for each in (rewritten, touched, renamed, more, less)}
+
+
+@pytest.mark.parametrize("change", ["rewritten", "touched", "renamed", "more", "less"])
+def test_a_change_of_the_files_is_noticed(tmp_path, decodings, change):
+    place, copies = tmp_path / "data", tmp_path / "state" / "decoded"
+    folder(place, "train", ["fox", "cat", "dog"])
+    load(str(place), TARGET, copies)
+    changes(place)[change]()
+    decodings.clear()
+    assert same(load(str(place), TARGET, copies), load(str(place), TARGET))
+    assert len(decodings) == 2
+    assert same(load(str(place), TARGET, copies), load(str(place), TARGET)) and len(decodings) == 3
+
+
+@pytest.mark.parametrize("damage", ["flipped", "short", "gone", "index", "strange"])
+def test_a_damaged_copy_is_made_again(tmp_path, decodings, damage):
+    place, copies = tmp_path / "data", tmp_path / "state" / "decoded"
+    folder(place, "train", ["fox", "cat", "dog"])
+    plain = load(str(place), TARGET, copies)
+    (index,), (file,) = copies.glob("*/index.json"), copies.glob("*/train-0.safetensors")
+    content = file.read_bytes()
+    if damage == "flipped":
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "short":
+        file.write_bytes(content[:-1])
+    elif damage == "gone":
+        file.unlink()
+    else:
+        index.write_text("{" if damage == "index" else json.dumps({**json.loads(index.read_text()), "train": [1]}))
+    decodings.clear()
+    assert same(load(str(place), TARGET, copies), plain) and decodings == [3]
+    assert same(load(str(place), TARGET, copies), plain) and decodings == [3]
+
+
+def test_without_room_for_a_copy_the_data_are_there_all_the_same(tmp_path, decodings, monkeypatch):
+    place, copies = tmp_path / "data", tmp_path / "state" / "decoded"
+    folder(place, "train", ["fox", "cat"])
+
+    def full(path, tensors):
+        raise StorageError("cannot write: No space left on device")
+
+    monkeypatch.setattr(site, "write_tensors", full)
+    assert same(load(str(place), TARGET, copies), load(str(place), TARGET))
+    assert list(copies.iterdir()) == [], "what was written before the disk was full is gone"
+
+
+def test_the_nodes_own_folder_among_the_data_is_no_change(tmp_path, decodings):
+    """Nor does a link that goes round in a circle matter."""
+    parquet(tmp_path / "train-0.parquet", [1, 0], ["dog", "fox"])
+    (tmp_path / "circle").symlink_to(tmp_path)
+    for number in range(3):
+        load(str(tmp_path), TARGET, tmp_path / "state" / "decoded")
+        (tmp_path / "state" / "log").write_text(str(number))
+    assert decodings == [2]
+
+
+def test_what_a_function_returns_is_asked_for_each_time(tmp_path):
+    load("test_site:numbered", TARGET, tmp_path / "decoded")
+    assert not (tmp_path / "decoded").exists()

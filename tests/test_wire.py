@@ -8,10 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from fedkeel.records import Reply, Server, Update
 from fedkeel.runtimes import wire
 from fedkeel.runtimes.wire import Gate, Malformed, Packet, Raw
+from fedkeel.weights import Statistics, Weights, mean
 
 TENSORS = [
     torch.tensor([1.0, -0.0, math.inf, math.nan, 1e-45]),
@@ -115,7 +117,8 @@ def good(**more):
 
 
 def gate(limit=1e6):
-    return Gate(2, wire.kinds(good()), {"local_after/accuracy", "local_after/loss"}, limit)
+    names = {"local_after/accuracy", "local_after/loss", "local_after/class/ox"}
+    return Gate(2, wire.kinds(good()), names, limit)
 
 
 def test_a_good_reply_arrives_whole_and_its_state_stays():
@@ -160,11 +163,18 @@ def facts(**more):
         (facts(client=2), "it is of client 2, not 1"),
         (facts(client=True), "it is of client True"),
         (facts(round=1), "it is of round 1, not 2"),
+        (tensors(delta=(torch.full((5,), 3e38),)), r"'delta' holds 3e\+38, 1e\+09 is the most that is taken"),
+        (tensors(buffers=(torch.tensor([0.1, -2e9]),)), r"'buffers' holds 2e\+09"),
         (facts(weight=-1), "its weight is -1"),
+        (facts(weight=1e300), r"its weight is 1e\+300, not 0 or a number from 2\^-53 to 2\^53"),
+        (facts(weight=2**53 + 1), "its weight is 9007199254740993"),
+        (facts(weight=1e-300), "its weight is 1e-300"),
+        (facts(weight="\n\x1b[2J"), r"its weight is  +\[2J, not 0"),
         (facts(weight=None), "its weight is None"),
         (facts(weight=10**400), "its weight is 1"),
         (facts(weight=True), "its weight is True"),
         (facts(loss=None), "its training loss is None after 3 steps"),
+        (facts(loss=1e300), r"its training loss is 1e\+300 after 3 steps"),
         (facts(steps=-1), "its number of steps is -1"),
         (facts(steps=2.5), "its number of steps is 2.5"),
         (facts(labels=[1, 2]), "undeclared field 'labels'"),
@@ -172,6 +182,7 @@ def facts(**more):
         (facts(metrics={"local_before/accuracy": 0.5}), "undeclared metric 'local_before/accuracy'"),
         (facts(metrics={"method/\x1b[2J": 0.5}), "undeclared metric"),
         (facts(metrics={"method/a": "high"}), "metric 'method/a' is high, not a number"),
+        (facts(metrics={"local_after/class/ox": None}), "metric 'local_after/class/ox' is None, not a number"),
         (facts(metrics={f"method/{i}": 0.5 for i in range(65)}), "65 metrics"),
         (facts(metrics=[1]), "no JSON object"),
         (facts(versions={**wire.versions(), "torch": "2.1.0"}), r"torch 2\.1\.0, the server has"),
@@ -193,11 +204,54 @@ def test_a_reply_that_is_too_large_is_refused_unread():
     assert gate().reply(packet, 1).failure == "refused: a reply of 2.0 MiB, federation.max_reply is 1.0"
 
 
-def test_a_failure_is_told_without_control_characters():
-    reply = Reply(1, failure="no\x1b[31m luck\r" + "x" * 5000, trace="Traceback\n  line")
+def test_a_failure_is_told_in_one_line_without_control_characters():
+    """What a terminal obeys, what could pass for a line of the log's own, half a character that no file takes."""
+    reply = Reply(
+        1, failure="no\x1b[31m luck\r\nround 9\u2028\u202e\ud800" + "x" * 5000, trace="Traceback\n  line\nround 9"
+    )
     found = gate().reply(wire.up(reply, 2), 1)
-    assert found.failure.startswith("no [31m luck x") and len(found.failure) < 2100
-    assert found.trace == "Traceback\n  line" and found.update is None
+    assert found.failure.startswith("no [31m luck  round 9   x") and len(found.failure) < 2100
+    assert found.trace == "Traceback\n      line\n    round 9" and found.update is None
+
+
+@pytest.mark.parametrize(
+    ("tensor", "why"),
+    [
+        (torch.tensor([wire.LARGEST, -wire.LARGEST]), ""),
+        (torch.tensor([2e9]), "holds 2e+09, 1e+09 is the most that is taken"),
+        (torch.tensor([0.0, -1e300], dtype=torch.float64), "holds 1e+300, 1e+09 is the most that is taken"),
+        (torch.tensor([65504.0], dtype=torch.float16), ""),
+        (torch.tensor([0.0, math.inf], dtype=torch.float16), "is not finite"),
+        (torch.tensor([1e30], dtype=torch.bfloat16), "holds 1e+30, 1e+09 is the most that is taken"),
+        (torch.tensor([1.0, math.nan], dtype=torch.bfloat16), "is not finite"),
+        (torch.tensor([1.0, -448.0]).to(torch.float8_e4m3fn), ""),
+        (torch.tensor([1.0, math.nan]).to(torch.float8_e5m2), "is not finite"),
+        (torch.tensor([1.0, complex(0.0, math.inf)]), "is not finite"),
+        (torch.tensor([2**63 - 1]), ""),
+        (torch.tensor([True]), ""),
+        (torch.empty(0), ""),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_sum_could_take_are_refused(tensor, why):
+    assert wire.beyond(tensor) == why
+
+
+def test_what_is_taken_can_be_averaged():
+    """Ten thousand of the heaviest replies with the largest values there may be, as means and as pooled variances."""
+    most = torch.tensor([wire.LARGEST, -wire.LARGEST])
+    layout = Weights(nn.BatchNorm1d(1)).layout
+    assert len(layout.variance_pairs()) == 1
+    statistics = Statistics(layout, "pooled")
+    for _ in range(10_000):
+        statistics.add(most, wire.HEAVIEST)
+    found = statistics.average()
+    assert found is not None and bool(torch.isfinite(found).all())
+    for weight in (wire.HEAVIEST, 1 / wire.HEAVIEST):
+        (average,) = mean((weight, (most,)) for _ in range(10_000))
+        assert torch.allclose(average, most, rtol=1e-3)
+    for weight in (0.0, wire.HEAVIEST, 1 / wire.HEAVIEST):
+        update = replace(good().update, weight=weight, delta=torch.full((5,), wire.LARGEST))
+        assert gate().reply(wire.up(good(update=update), 2), 1).failure == ""
 
 
 def test_without_a_rehearsal_the_first_reply_tells():
@@ -214,4 +268,6 @@ def test_versions_that_differ_are_named():
     assert wire.differing(ours, ours) == ""
     theirs = {**ours, "torch": "2.11.0"}
     assert wire.differing(theirs, {**ours, "torch": "2.13.0"}) == "torch 2.11.0, the server has 2.13.0"
+    forged = {**ours, "torch": "2.1\nround 9/9\x1b[2J\ud800"}
+    assert wire.differing(forged, {**ours, "torch": "2.13.0"}) == "torch 2.1 round 9/9 [2J , the server has 2.13.0"
     assert "+" not in ours["torch"] and set(ours) == {"python", "byte order", "fedkeel", "torch", "flwr", "numpy"}

@@ -186,7 +186,20 @@ def old(packet: Packet) -> Packet:
     return replace(packet, text=wire.dumps({**facts, "versions": {**facts["versions"], "fedkeel": "0.0.1"}}))
 
 
-NONSENSE = {"nan": nan, "shapes": shapes, "huge": huge, "undeclared": undeclared, "old": old}
+def vast(packet: Packet) -> Packet:
+    """Numbers that are finite, and whose sum with others is not."""
+    delta = torch.full_like(wire.tensor_of(packet.tensors["delta"]), 3e38)
+    return replace(packet, tensors={**packet.tensors, "delta": wire.raw(delta)})
+
+
+def heavy(packet: Packet) -> Packet:
+    """A weight against which all others are nothing."""
+    return replace(packet, text=wire.dumps({**wire.loads(packet.text), "weight": 1e300}))
+
+
+NONSENSE = {
+    "nan": nan, "shapes": shapes, "huge": huge, "undeclared": undeclared, "old": old, "vast": vast, "heavy": heavy,
+}  # fmt: skip
 
 for each in ACTIONS:
     category, _, name = each.partition(".")

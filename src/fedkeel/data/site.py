@@ -8,25 +8,41 @@
 Classes are matched by name to those of the federation; a site may have some of them only. Pictures are converted to the
 federation's size and number of channels, and normalised as everywhere: a site's own mean and deviation stay unknown.
 Test images are a site's own, for what is measured there; without any, nothing is.
+
+A node has a new process for each message. Pictures that were decoded are therefore kept beside its state, as they are
+in memory, for as long as their files stay the same; what a function returns is not.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
+import math
+import os
+import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fedkeel.data.columns import class_names, find_image, find_label
 from fedkeel.data.dataset import Dataset
 from fedkeel.data.pictures import Rows, Split, checked, decode
 from fedkeel.data.sources import STAND_INS, Parquet, arrays, class_folders, folder_split
-from fedkeel.errors import ConfigError, DataError, EmptyClient, nearest
+from fedkeel.errors import ConfigError, DataError, EmptyClient, StorageError, nearest
+from fedkeel.files import write_json, write_tensors
+
+AT_ONCE = 256 << 20
+"""Bytes of pictures in one file of a copy: what is written or read has to be in memory once more."""
 
 Part = tuple[Tensor, Tensor]
 """[N, C, H, W] uint8 and [N] int64."""
@@ -42,16 +58,15 @@ class Target:
     std: tuple[float, ...]
 
 
-def load(place: str, federation: Target) -> Dataset:
-    """The data at `place` as this federation has them.
+def load(place: str, federation: Target, copies: Path | None = None) -> Dataset:
+    """The data at `place` as this federation has them. copies: a folder for decoded pictures, None to keep none.
 
     Raises ConfigError for a place that is none of the three, DataError for data that do not fit, EmptyClient for none.
     """
     module, colon, function = place.partition(":")
     folder = Path(place).expanduser()
     if folder.is_dir():
-        parquet = any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet"))
-        train, test = (_parquet if parquet else _pictures)(folder, federation)
+        train, test = _read(folder, federation) if copies is None else _kept(folder, federation, copies)
     elif colon and module.replace(".", "").isidentifier() and function.isidentifier():
         train, test = _called(place, module, function, federation)
     else:
@@ -59,6 +74,83 @@ def load(place: str, federation: Target) -> Dataset:
     if len(train[1]) == 0:
         raise EmptyClient(f"{place}: there are no samples to train on")
     return Dataset("site", federation.classes, train[0], train[1], test[0], test[1], federation.mean, federation.std)
+
+
+def _read(folder: Path, federation: Target) -> tuple[Part, Part]:
+    parquet = any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet"))
+    return (_parquet if parquet else _pictures)(folder, federation)
+
+
+def _kept(folder: Path, federation: Target, copies: Path) -> tuple[Part, Part]:
+    """The same from a copy in memory's own form, if there is one of these very files; else there is one afterwards."""
+    asked = [str(folder.resolve()), federation.classes, federation.shape, version("fedkeel"), version("pillow")]
+    place = copies / hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
+    files = _listing(folder, copies.parent)
+    if (found := _copy(place, files, federation)) is not None:
+        return found
+    parts = _read(folder, federation)
+    if _listing(folder, copies.parent) == files:  # nobody has changed them meanwhile
+        _put(place, files, parts)
+    return parts
+
+
+def _listing(folder: Path, without: Path) -> str:
+    """SHA-256 over all files in a folder: names, sizes, times of the last change. without: a folder that may lie in it
+    and is written to all the time."""
+    found, seen = hashlib.sha256(), {os.path.realpath(without)} - {os.path.realpath(folder)}
+    for here, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(here) in seen:  # links may go round in circles
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(here))
+        folders.sort()
+        for name in sorted(names):
+            with suppress(OSError):  # one that is gone, or a link to nowhere, which decoding will name if it matters
+                status = Path(here, name).stat()
+                found.update(json.dumps([here, name, status.st_size, status.st_mtime_ns]).encode())
+    return found.hexdigest()
+
+
+def _copy(place: Path, files: str, federation: Target) -> tuple[Part, Part] | None:
+    """What `_put` has written for these files; None where that is missing, of others, or damaged."""
+    try:
+        index = json.loads((place / "index.json").read_bytes())
+        if index["files"] != files:
+            return None
+        parts = []
+        for split in ("train", "test"):
+            count, done = index[split]["samples"], 0
+            x, y = torch.empty((count, *federation.shape), dtype=torch.uint8), torch.empty(count, dtype=torch.int64)
+            for name, digest in index[split]["parts"].items():
+                content = (place / name).read_bytes()
+                if hashlib.sha256(content).hexdigest() != digest:
+                    return None
+                some = safetensors.torch.load(content)
+                rows = slice(done, done + len(some["y"]))
+                x[rows], y[rows], done = some["x"], some["y"], rows.stop
+            if done != count:
+                return None
+            parts.append((x, y))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError):
+        return None
+    return parts[0], parts[1]
+
+
+def _put(place: Path, files: str, parts: tuple[Part, Part]) -> None:
+    """Writes a copy, which counts once its index is there. A disk that is full is no reason to do without the data."""
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        place.mkdir(parents=True, mode=0o700)  # the pictures themselves may be hidden from other users
+        index: dict[str, object] = {"files": files}
+        for split, (x, y) in zip(("train", "test"), parts, strict=True):
+            written, step = dict[str, str](), max(1, AT_ONCE // math.prod(x.shape[1:]))
+            for start in range(0, len(y), step):
+                name, rows = f"{split}-{start}.safetensors", slice(start, start + step)
+                written[name] = write_tensors(place / name, {"x": x[rows], "y": y[rows]})
+            index[split] = {"samples": len(y), "parts": written}
+        write_json(place / "index.json", index)
+    except (StorageError, OSError):
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _parquet(folder: Path, federation: Target) -> tuple[Part, Part]:

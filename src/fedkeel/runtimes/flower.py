@@ -106,7 +106,7 @@ def record_of(packet: Packet) -> RecordDict:
 def packet_of(content: RecordDict) -> Packet:
     """The packet in a message. Raises Malformed."""
     if set(content) != {TENSORS, VALUES}:
-        raise wire.Malformed(f"a message with the records {sorted(map(str, content))[:4]}")
+        raise wire.Malformed(f"a message with the records {wire.short(sorted(map(str, content))[:4], 200)}")
     arrays, values = content.array_records.get(TENSORS), content.config_records.get(VALUES)
     text = None if values is None else values.get(TEXT)
     if arrays is None or not isinstance(text, str):

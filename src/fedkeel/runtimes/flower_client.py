@@ -140,7 +140,7 @@ class Client:
             return None
         told = self.facts["images"]
         described = site.Target(tuple(told["classes"]), tuple(told["shape"]), tuple(told["mean"]), tuple(told["std"]))
-        found = site.load(place, described)
+        found = site.load(place, described, self.state / "decoded")
         # noise would be the same at all sites, were it drawn from the run's own streams
         found = config.noise.apply(found, Streams(config.seed).at("site", self.number))
         nobody, everything = torch.empty(0, dtype=torch.int64), torch.arange(len(found.train_y))

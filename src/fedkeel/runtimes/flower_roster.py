@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 from fedkeel.config import Config
@@ -19,10 +20,8 @@ from fedkeel.runtimes import wire
 from fedkeel.runtimes.flower_client import name_of
 from fedkeel.runtimes.wire import Malformed, Packet
 
-INFO = 600.0
-"""Seconds that a node has to load its data and say who it is."""
 NEWCOMERS = 60.0
-"""Seconds that a round waits for new ones to do so; who takes longer is admitted later."""
+"""Seconds that a round waits for new nodes to say who they are; who takes longer is admitted later."""
 AGAIN = 60.0
 """Seconds until a node that was refused is asked again."""
 AT_ONCE = 8
@@ -67,12 +66,13 @@ class Post(Protocol):
 class Awaited:
     """The answer to one message, fetched by a thread of its own until its deadline has passed."""
 
-    def __init__(self, post: Post, number: str, seconds: float, slow: float) -> None:
-        """slow: the longest pause between two looks."""
+    def __init__(self, post: Post, number: str, seconds: float, slow: float, unsent: str = "") -> None:
+        """slow: the longest pause between two looks. unsent: why there is no `number`, as far as that is known."""
         self._post, self._number, self._seconds, self._slow = post, number, seconds, slow
         self._until = time.monotonic() + seconds
         self._came = threading.Event()
-        self._answer: Packet | Lost = Lost("it could not be sent")
+        self._answer: Packet | Lost = Lost(": ".join(filter(None, ["it could not be sent", unsent])))
+        self._trouble = ""  # why the last look failed
         if number:
             threading.Thread(target=self._fetch, daemon=True).start()
         else:
@@ -87,15 +87,15 @@ class Awaited:
         """The answer, once it is there or too late for it."""
         if self._came.wait(max(0.0, self._until - time.monotonic())):
             return self._answer
-        return Lost(f"no reply within {self._seconds:g} seconds")
+        return Lost("; ".join(filter(None, [f"no reply within {self._seconds:g} seconds", self._trouble])))
 
     def _fetch(self) -> None:
         pause = 0.02
         while time.monotonic() < self._until:
             try:
-                found = self._post.take(self._number)
+                found, self._trouble = self._post.take(self._number), ""
             except Exception as error:  # the post's connection may break off and come back
-                found, self._answer = None, Lost(f"{type(error).__name__}: {error}")
+                found, self._trouble = None, _words(error)
             if found is not None:
                 self._answer = found
                 self._came.set()
@@ -105,14 +105,17 @@ class Awaited:
 
 
 def send(post: Post, letters: Iterator[Letter], count: int) -> list[Awaited]:
-    """Sends `count` messages, made one after another, and waits for all their answers from then on."""
+    """Sends `count` messages, made one after another, and waits for all their answers from then on. Those that the post
+    fails to take are lost, like any other: it may be away for a moment."""
     out: list[Awaited] = []
     slow = max(0.3, 0.02 * count)
-    while batch := [letter for letter, _ in zip(letters, range(AT_ONCE), strict=False)]:
-        numbers = post.send(batch)
-        out += [Awaited(post, no, each.seconds, slow) for no, each in zip(numbers, batch, strict=True)]
-        if len(out) == count:
-            break
+    while batch := list(islice(letters, AT_ONCE)):
+        unsent = ""
+        try:
+            numbers = post.send(batch)
+        except Exception as error:
+            numbers, unsent = [""] * len(batch), _words(error)
+        out += [Awaited(post, no, each.seconds, slow, unsent) for no, each in zip(numbers, batch, strict=True)]
     return out
 
 
@@ -165,21 +168,24 @@ class Roster:
         return there
 
     def admit(self, seconds: float) -> None:
-        """Forgets nodes that are gone and asks new ones who they are, for whose answers it waits at most so long."""
+        """Forgets nodes that are gone and asks new ones who they are, for whose answers it waits at most so long; those
+        that were refused are asked again now and then, and not waited for."""
         try:
             there = self.post.nodes()
         except Exception as error:
-            self.say(f"the nodes cannot be listed now: {type(error).__name__}: {error}")
+            self.say(f"the nodes cannot be listed now: {_words(error)}")
             return
         self._forget(there)
         known = {member.node for members in self._claims.values() for member in members} | set(self._asked)
         now = time.monotonic()
         new = sorted(n for n in there - known if n not in self._refused or self._refused[n][1] <= now)
-        packet = Packet({}, wire.dumps({**self.facts, "deadline": INFO}))
-        answers = send(self.post, (Letter(node, "query.info", packet, INFO) for node in new), len(new))
+        first = [node for node in new if node not in self._refused]
+        load = self.config.federation.load_deadline
+        packet = Packet({}, wire.dumps({**self.facts, "deadline": load}))
+        answers = send(self.post, (Letter(node, "query.info", packet, load) for node in new), len(new))
         self._asked |= dict(zip(new, answers, strict=True))
         until = now + seconds
-        while any(not self._asked[node].done for node in new) and time.monotonic() < until:
+        while any(not self._asked[node].done for node in first) and time.monotonic() < until:
             time.sleep(0.05)
         for node in [node for node in self._asked if self._asked[node].done]:
             self._hear(node, self._asked.pop(node).wait())
@@ -269,7 +275,8 @@ class Roster:
 
 
 def gather(roster: Roster, clients: Collection[int], config: Config, everyone: bool = True) -> None:
-    """Waits for these clients, for all of them or for min_replies. Raises TooFewClients when fewer than those come."""
+    """Waits for these clients, for all of them (everyone) or for min_replies, and says who is missing where all were
+    waited for. Raises TooFewClients when fewer than min_replies come."""
     enough, seconds = min(config.min_replies, len(clients)), config.federation.join_wait
     there = roster.wait(clients, len(clients) if everyone else enough, seconds)
     if there < enough:
@@ -278,8 +285,12 @@ def gather(roster: Roster, clients: Collection[int], config: Config, everyone: b
             f"min_replies = {config.min_replies}"
         )
     absent = [roster.name(client) for client in clients if roster.node_of(client) is None]
-    if absent:
+    if absent and everyone:
         roster.say(f"going on without {', '.join(absent)}")
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {wire.short(error, 300)}"
 
 
 def warnings_of(facts: Mapping[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ from fedkeel.job import Holdings, Job
 from fedkeel.local import payload, size_of
 from fedkeel.partition.manifest import Partition
 from fedkeel.partition.sites import Sites
-from fedkeel.record import Record, epsilon
+from fedkeel.record import Record, spent
 from fedkeel.records import Reply, Samples, Server
 from fedkeel.rng import Streams
 from fedkeel.runtimes import wire
@@ -37,6 +37,8 @@ RETRIES = 5
 """Times that a round is tried again before too few usable updates fail the run."""
 PAUSE = 5.0
 """Seconds before a round is tried again."""
+ATTEMPTS = 3
+"""Times that a client is asked to make its images before a round goes on without it."""
 NOTE = "federation.json"
 """In the run's folder."""
 
@@ -54,7 +56,7 @@ class Federated:
     def start(self, job: Job) -> FlowerRuntime:
         """Waits for the clients. Raises TooFewClients when fewer than min_replies have come in the end."""
         config, roster = job.config, self.roster
-        roster.facts["experiment"] = experiment(self.folder, roster.samples)
+        roster.facts["experiment"] = experiment(self.folder, roster.samples, config.federation.sites)
         if not isinstance(config.partition, Sites):
             roster.check(job.partition.hash)
         gather(roster, range(job.clients), config, self.everyone)
@@ -72,6 +74,7 @@ class FlowerRuntime:
         self.limit = 16 * model + 64 * wire.MIB if limit is None else limit * wire.MIB
         self._preparing: dict[int, tuple[int, Awaited]] = {}  # node and answer, by client
         self._prepared: set[int] = set()  # nodes
+        self._unprepared: dict[int, list[str]] = {}  # why there was no answer to that, by client, since the round began
         self._said: set[str] = set()
 
     # rounds -----------------------------------------------------------------------------------------------------------
@@ -86,16 +89,12 @@ class FlowerRuntime:
             missing = ", ".join(roster.name(client) for client in clients if roster.node_of(client) is None)
             roster.say(f"round {server.round + 1}: waiting for {missing}")
             roster.wait(clients, wanted, self.options.join_wait)
-        self._prepare_late()
-        while len(ready := [k for k in clients if self._ready(k)]) < wanted and self._preparing.keys() & set(clients):
-            time.sleep(0.2)
-            self._prepare_late()
+        ready = self._prepared_of(clients, wanted)
         answers = self._send("train.fit", server, ready, accepted, self.options.deadline, measure)
         expected = rehearsed(job, server, clients[0])  # while clients train
         for client in clients:
             if client not in answers:
-                why = "its images are still being made" if client in self._preparing else NO_NODE
-                yield Reply(client, failure=why)
+                yield Reply(client, failure=self._absent(client))
                 continue
             answer = answers.pop(client).wait()
             if isinstance(answer, Lost):
@@ -107,6 +106,28 @@ class FlowerRuntime:
                     expected = likely
                 self._heed(client, answer)
             yield replace(reply, bytes_down=0 if job.method.pooled else payload(server, job.mail(server, client)))
+
+    def _prepared_of(self, clients: Sequence[int], wanted: int) -> list[int]:
+        """Those who can train, so many of them if there is a way: clients that have yet to make their images are waited
+        for, and asked again a few times when no answer comes."""
+        self._unprepared.clear()
+        until = time.monotonic() + self.options.generation_deadline
+        self._prepare_late()
+        while len(ready := [client for client in clients if self._ready(client)]) < wanted:
+            if not self._preparing.keys() & set(clients) or time.monotonic() > until:
+                break
+            time.sleep(0.2)
+            self.roster.admit(0)
+            self._prepare_late()
+        return ready
+
+    def _absent(self, client: int) -> str:
+        """Why a client was not asked to train."""
+        if client in self._preparing:
+            return "its images are still being made"
+        if client in self._unprepared and self.roster.node_of(client) is not None:
+            return f"it has not made its images: {self._unprepared[client][-1]}"
+        return NO_NODE
 
     def _gate(self, server: Server, expected: Mapping[str, wire.Kind]) -> Gate:
         job = self.job
@@ -198,7 +219,8 @@ class FlowerRuntime:
         for client, (node, answer) in list(self._preparing.items()):
             if answer.done or node != self.roster.node_of(client):
                 self._note_prepared(client)
-        self._ask_to_prepare([k for k in self.roster.clients if k not in self._preparing and not self._ready(k)])
+        missing = [k for k in self.roster.clients if k not in self._preparing and not self._ready(k)]
+        self._ask_to_prepare([k for k in missing if len(self._unprepared.get(k, ())) < ATTEMPTS])
 
     def _ready(self, client: int) -> bool:
         """Whether this client can train in a round."""
@@ -210,7 +232,8 @@ class FlowerRuntime:
         if not answer.done:  # its node has left
             return
         found, name = answer.wait(), self.roster.name(client)
-        if isinstance(found, Lost):  # it is asked again before the next round
+        if isinstance(found, Lost):  # it is asked again
+            self._unprepared.setdefault(client, []).append(found.reason)
             self._warn(f"{name} has not made its images: {found.reason}")
             return
         self._prepared.add(node)
@@ -322,8 +345,8 @@ class Lines:
             parts.append(f"accuracy {accuracy:.1%}")
         if (accuracy := record.get("personal/accuracy_last")) is not None:
             parts.append(f"personal accuracy {accuracy:.1%}")
-        if "privacy/epsilon" in record:
-            parts.append(f"ε {epsilon(record['privacy/epsilon'])}")
+        if cost := spent(record):
+            parts.append(f"ε {cost}")
         parts += [f"{len(record['clients'])} clients", f"{record['seconds/train']:.1f} s"]
         self.say(", ".join(parts))
         for note in record["failed"]:
@@ -347,6 +370,7 @@ def serve(post: Post, settings: Mapping[str, object], runs_dir: str = "") -> loo
     lines, again = Lines(config), bool(settings.get("resume", False))
     try:
         check(config, again)
+        same_sites(config)
         facts: dict[str, object] = {"config": config.toml(), "versions": wire.versions(), "experiment": "joining"}
         data = config.data.load() if isinstance(config.partition, Sites) else None
         if data is not None:
@@ -372,6 +396,15 @@ def check(config: Config, again: bool) -> None:
         raise ConfigError("evaluate.validation", config.evaluate.validation, own)
 
 
+def same_sites(config: Config) -> None:
+    """Raises ConfigError where a run that has begun had other names, or these in another order: by their places clients
+    are told from each other, and each node has the state of its own client only."""
+    note, now = noted(config.folder), list(config.federation.sites)
+    if note is not None and note.sites is not None and note.sites != now:
+        began = f"must be as when this run began: {', '.join(note.sites) or 'empty'}"
+        raise ConfigError("federation.sites", now, began)
+
+
 def held(config: Config, data: Dataset, roster: Roster) -> Holdings:
     """What the server knows of sites: their classes and shape, and, once they have joined, how many samples there are.
 
@@ -383,7 +416,8 @@ def held(config: Config, data: Dataset, roster: Roster) -> Holdings:
     kept = noise.apply(replace(data, train_x=x, train_y=y), Streams(config.seed))
     counts = torch.zeros((config.clients, len(data.classes)), dtype=torch.int64)
     partition = Partition("sites", {}, config.seed, kept.fingerprint, (y,) * config.clients, counts)
-    _, known = noted(config.folder)
+    note = noted(config.folder)
+    known = note.samples if note is not None else {}
     return Holdings(kept, partition, total=sum((known or roster.samples).values()))
 
 
@@ -391,7 +425,8 @@ def persisted(config: Config, roster: Roster, holdings: Holdings | None, lines: 
     """`loop.run`, gone on with after a round with too few usable updates until it fails too often."""
     tries, before = 0, -1
     while True:
-        engine = Federated(roster, config.folder, everyone=tries == 0)
+        everyone = tries == 0 and holdings is None  # sites have been waited for
+        engine = Federated(roster, config.folder, everyone)
         try:
             return loop.run(
                 config, folder=config.folder, listener=lines, resume=again, engine=engine, holdings=holdings
@@ -405,27 +440,36 @@ def persisted(config: Config, roster: Roster, holdings: Holdings | None, lines: 
             time.sleep(PAUSE)
 
 
-def noted(folder: Path | None) -> tuple[str, dict[int, int]]:
-    """What a run has noted of its federation: its experiment, "" where it has not begun; samples of those who joined
-    before it began. Raises RunError when the note cannot be read."""
+@dataclass(frozen=True)
+class Note:
+    """What a run has noted of its federation: the name by which nodes keep what belongs to it; the samples of those who
+    joined before it began; the clients' names in order (None: noted by a version that did not do so)."""
+
+    experiment: str
+    samples: Mapping[int, int]
+    sites: list[str] | None
+
+
+def noted(folder: Path | None) -> Note | None:
+    """A run's note, None where it has not begun. Raises RunError when it cannot be read."""
     path = None if folder is None else folder / NOTE
     if path is None or not path.exists():
-        return "", {}
+        return None
     try:
         table = json.loads(path.read_bytes())
-        return str(table["experiment"]), {int(client): int(count) for client, count in table["samples"].items()}
+        samples = {int(client): int(count) for client, count in table["samples"].items()}
+        return Note(str(table["experiment"]), samples, table.get("sites"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path} cannot be read ({error}): clients' states cannot be told from other runs'") from error
 
 
-def experiment(folder: Path | None, samples: Mapping[int, int]) -> str:
+def experiment(folder: Path | None, samples: Mapping[int, int], sites: Sequence[str] = ()) -> str:
     """The name by which nodes keep what belongs to this run: made when it begins, the same when it is resumed."""
-    found, _ = noted(folder)
-    if not found:
-        found = uuid.uuid4().hex
-        if folder is not None:
-            write_json(
-                folder / NOTE,
-                {"experiment": found, "samples": {str(client): count for client, count in samples.items()}},
-            )
+    note = noted(folder)
+    if note is not None:
+        return note.experiment
+    found = uuid.uuid4().hex
+    if folder is not None:
+        counts = {str(client): count for client, count in samples.items()}
+        write_json(folder / NOTE, {"experiment": found, "samples": counts, "sites": list(sites)})
     return found

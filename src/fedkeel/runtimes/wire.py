@@ -33,6 +33,12 @@ DTYPES = {
     )
 }  # fmt: skip
 MIB = 2**20
+HEAVIEST = 2.0**53
+"""Largest weight of an update; but for zero, the smallest one is its inverse."""
+LARGEST = 1e9
+"""Largest value in a tensor: so small that even weight * value ** 2, summed over ten thousand clients, is a float32."""
+LOSS = torch.finfo(torch.float32).max
+"""Largest training loss: means over clients stay finite."""
 MOST_METRICS = 64
 """Numbers of a method's own in one reply."""
 LONGEST = {"failure": 2_000, "trace": 20_000, "warnings": 2_000}
@@ -95,7 +101,7 @@ def tensor_of(raw: Raw) -> Tensor:
         raise Malformed(f"there is no type {raw.dtype[:40]!r} of tensors")
     dtype, shape = DTYPES[raw.dtype], raw.shape
     if any(type(n) is not int or n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != len(raw.data):
-        raise Malformed(f"{len(raw.data)} bytes are no {raw.dtype} tensor of shape {list(shape)[:8]}")
+        raise Malformed(f"{len(raw.data)} bytes are no {raw.dtype} tensor of shape {short(list(shape)[:8], 100)}")
     if not raw.data:
         return torch.empty(shape, dtype=dtype)
     if dtype == torch.bool and any(raw.data.translate(None, b"\0\1")):  # other bytes are undefined behaviour
@@ -143,7 +149,7 @@ def differing(theirs: object, ours: Mapping[str, str], who: str = "the server") 
     """In words, how versions differ, "" where they do not: "torch 2.11.0, the server has 2.13.0"."""
     if not isinstance(theirs, Mapping):
         return "it does not say which versions it has"
-    off = [(name, _short(theirs.get(name, "none"), 40), own) for name, own in ours.items() if theirs.get(name) != own]
+    off = [(name, short(theirs.get(name, "none"), 40), own) for name, own in ours.items() if theirs.get(name) != own]
     return "; ".join(f"{name} {found}, {who} has {own}" for name, found, own in off)
 
 
@@ -267,25 +273,25 @@ class Gate:
         except Malformed as fault:
             return Reply(client, failure=f"refused: {fault}")
         except Exception as error:  # whatever a client may think of
-            return Reply(client, failure=f"refused: {type(error).__name__}: {_short(error, 300)}")
+            return Reply(client, failure=f"refused: {type(error).__name__}: {short(error, 300)}")
 
     def _reply(self, packet: Packet, facts: Mapping[str, Any], client: int) -> Reply:
         if unlike := differing(facts.get("versions"), versions()):
             raise Malformed(unlike)
         if unknown := sorted(set(facts) - FACTS):
-            raise Malformed(f"undeclared field {_short(unknown[0], 60)!r}")
+            raise Malformed(f"undeclared field {short(unknown[0], 60)!r}")
         if failure := facts.get("failure"):
             return Reply(client, failure=said(failure, "failure"), trace=said(facts.get("trace", ""), "trace"))
         for key, asked in (("client", client), ("round", self.round)):
             if facts.get(key) != asked or type(facts.get(key)) is not int:
-                raise Malformed(f"it is of {key} {_short(facts.get(key), 20)}, not {asked}")
+                raise Malformed(f"it is of {key} {short(facts.get(key), 20)}, not {asked}")
         weight, steps, loss = facts.get("weight"), facts.get("steps"), facts.get("loss")
-        if not _finite(weight) or weight < 0:
-            raise Malformed(f"its weight is {_short(weight, 30)}, not a number from 0")
+        if not _finite(weight) or not (weight == 0 or 1 / HEAVIEST <= weight <= HEAVIEST):
+            raise Malformed(f"its weight is {short(weight, 30)}, not 0 or a number from 2^-53 to 2^53")
         if type(steps) is not int or not 0 <= steps < 2**53:
-            raise Malformed(f"its number of steps is {_short(steps, 30)}")
-        if steps and not _finite(loss):
-            raise Malformed(f"its training loss is {_short(loss, 30)} after {steps} steps")
+            raise Malformed(f"its number of steps is {short(steps, 30)}")
+        if steps and not (_finite(loss) and abs(loss) <= LOSS):
+            raise Malformed(f"its training loss is {short(loss, 30)} after {steps} steps")
         metrics, seconds = self._metrics(facts.get("metrics", {})), facts.get("seconds", 0.0)
         tensors = self._tensors(packet.tensors)
         extra = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("extra.")}
@@ -305,19 +311,18 @@ class Gate:
     def _tensors(self, found: Mapping[str, Raw]) -> dict[str, Tensor]:
         """What came, all of it and nothing else, each on its device."""
         if unknown := sorted(set(found) - set(self.expected)):
-            raise Malformed(f"undeclared field {_short(unknown[0], 60)!r}")
+            raise Malformed(f"undeclared field {short(unknown[0], 60)!r}")
         out = {}
         for name, kind in self.expected.items():
             if name not in found:
                 raise Malformed(f"{name!r} is missing")
             each = found[name]
             if tuple(each.shape) != kind.shape or DTYPES.get(each.dtype) != kind.dtype:
-                is_, want = (f"{_short(d, 20)} {list(s)[:8]}" for d, s in _pair(each, kind))
+                is_, want = (f"{short(d, 20)} {short(list(s)[:8], 100)}" for d, s in _pair(each, kind))
                 raise Malformed(f"{name!r} is {is_}, not {want}")
             tensor = tensor_of(each)
-            floats = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no isfinite
-            if tensor.dtype.is_floating_point and not bool(torch.isfinite(floats).all()):
-                raise Malformed(f"{name!r} is not finite")
+            if fault := beyond(tensor):
+                raise Malformed(f"{name!r} {fault}")
             out[name] = tensor.to(kind.device)
         return out
 
@@ -327,12 +332,13 @@ class Gate:
         own = [name for name in found if name not in self.metrics]
         for name in own:
             if not METRIC.fullmatch(name):
-                raise Malformed(f"undeclared metric {_short(name, 60)!r}")
+                raise Malformed(f"undeclared metric {short(name, 60)!r}")
         if len(own) > MOST_METRICS:
             raise Malformed(f"{len(own)} metrics of the method's own, at most {MOST_METRICS} are taken")
         for name, value in found.items():  # a loss that overflowed is None
-            if value is not None and not _finite(value):
-                raise Malformed(f"metric {_short(name, 60)!r} is {_short(value, 30)}, not a number")
+            per_class = name in self.metrics and "/class/" in name
+            if (value is not None or per_class) and not _finite(value):
+                raise Malformed(f"metric {short(name, 60)!r} is {short(value, 30)}, not a number")
         return {name: math.nan if value is None else float(value) for name, value in found.items()}
 
 
@@ -343,9 +349,27 @@ def too_large(packet: Packet, limit: float) -> str:
     return f"a reply of {packet.size / MIB:.1f} MiB, federation.max_reply is {limit / MIB:.1f}"
 
 
+def beyond(tensor: Tensor) -> str:
+    """What is wrong with a tensor whose numbers no sum could take, "" where nothing is. Whole numbers are all fine."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if not tensor.dtype.is_floating_point or tensor.numel() == 0:
+        return ""
+    if tensor.element_size() == 1:  # float8 cannot be compared
+        tensor = tensor.float()
+    low, high = (float(value) for value in tensor.aminmax())  # a single NaN makes both NaN
+    most = max(-low, high)
+    if not math.isfinite(most):
+        return "is not finite"
+    return f"holds {most:.3g}, {LARGEST:g} is the most that is taken" if most > LARGEST else ""
+
+
 def said(text: object, kind: str) -> str:
-    """A text of a client's, fit to be printed: without control characters, cut off where it is too long."""
-    return re.sub(r"[^\S\n]|[\x00-\x09\x0b-\x1f\x7f-\x9f]", " ", _short(text, LONGEST[kind]))
+    """A text of a client's, fit to be printed: one line, cut off where it is too long. Of a traceback ("trace") there
+    are several, indented so that none can be taken for a line of the log's own."""
+    if kind != "trace":
+        return short(text, LONGEST[kind])
+    return "\n    ".join(short(line, LONGEST[kind]) for line in str(text)[: LONGEST[kind]].split("\n"))
 
 
 def _pair(each: Raw, kind: Kind) -> list[tuple[str, Sequence[int]]]:
@@ -360,6 +384,9 @@ def _finite(value: object) -> TypeGuard[float]:
         return False
 
 
-def _short(value: object, length: int) -> str:
+def short(value: object, length: int) -> str:
+    """What another machine sent, as a piece of one line: cut off, a space for what is not printable (line breaks,
+    control characters, halves of characters, which a terminal would obey or a file refuse)."""
     text = str(value)
-    return text if len(text) <= length else f"{text[:length]}..."
+    shown = "".join(char if char.isprintable() else " " for char in text[:length])
+    return shown if len(text) <= length else f"{shown}..."
