@@ -259,6 +259,7 @@ def simulated(place: Path) -> Path:
     (place / "home/config.toml").write_text(tomli_w.dumps({"superlink": links}))
     env = {**os.environ, **QUIET, "OMP_NUM_THREADS": "1", "FLWR_HOME": str(place / "home")}
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    env["RAY_TMPDIR"] = str(place / "ray")  # what another cluster on this machine left behind would be taken for one
     words = [program("flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
     with ended(Process([*words, "--disable-runtime-dependency-installation"], place / "link.log", env, place)):
         until(lambda: answers(port), 120)

@@ -9,6 +9,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -312,7 +313,16 @@ def test_a_cluster_that_runs_already(tmp_path: Path) -> None:
     missing = command("missing", *where)
     assert missing.returncode == 2 and f"ray.address = '{address}': no such cluster can be used" in missing.stderr
     assert "Traceback" not in missing.stderr
-    with subprocess.Popen([*start, *quiet], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as head:
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-") as place,  # its address must not be found there afterwards
+        subprocess.Popen(
+            [*start, *quiet],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "RAY_TMPDIR": place},
+        ) as head,
+    ):
         try:
             assert head.stdout is not None
             said = [head.stdout.readline()]
