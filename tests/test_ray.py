@@ -34,7 +34,8 @@ from fedkeel.options import option
 from fedkeel.record import Silent, numbers
 from fedkeel.records import Local, Reply, Samples, Update
 from fedkeel.runtimes import ray as on_ray
-from fedkeel.runtimes.ray_worker import Actor, Box, boxed, unboxed
+from fedkeel.runtimes.boxes import Box, boxed, unboxed
+from fedkeel.runtimes.ray_worker import Actor
 
 try:
     ray = on_ray._ray()

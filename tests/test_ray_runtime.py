@@ -26,8 +26,10 @@ from fedkeel.job import Job
 from fedkeel.loop import Result, run
 from fedkeel.record import Record, Silent
 from fedkeel.records import Samples, Server
-from fedkeel.runtimes.ray import RayRuntime, Slot, Task
-from fedkeel.runtimes.ray_worker import Setup, unboxed
+from fedkeel.runtimes.boxes import unboxed
+from fedkeel.runtimes.crew import Slot, Task
+from fedkeel.runtimes.ray import RayRuntime
+from fedkeel.runtimes.ray_worker import Setup
 
 
 class Failed(Exception):
@@ -239,7 +241,7 @@ def test_the_servers_own_stays_with_it(ray: InOneProcess) -> None:
     secret = torch.full((3,), 1.7251)
     server = replace(job.first_server(), layout=job.worker.weights.layout)
     whole = replace(server, private={"h": secret}, beside={"other": secret}, metrics={"of": 1.0}, lab=job.lab(0))
-    sent = unboxed(ray.get(runtime._broadcast(whole)), torch.device("cpu"))
+    sent = unboxed(ray.get(runtime._sent(whole)), torch.device("cpu"))
     assert not sent.private and not sent.beside and not sent.metrics and sent.lab is None
     battery.same_bits({"params": sent.params, **sent.shared}, {"params": server.params, **server.shared}, "sent: ")
     assert "c" in sent.shared and secret.numpy().tobytes() not in b"".join(ray.sent())
@@ -261,8 +263,7 @@ def test_what_all_get_is_put_once_a_round(ray: InOneProcess) -> None:
 
 def test_the_longest_go_first_and_replies_come_in_order(ray: InOneProcess) -> None:
     wanted = config("fedavg", actors=1)
-    plans = Job(wanted, battery.data()).plans()
-    costs = [int(plan.real.sum()) for plan in plans]
+    costs = Job(wanted, battery.data()).plan.real.sum(1).tolist()
     longest = sorted(range(4), key=lambda client: -costs[client])
     assert len(set(costs)) == 4 and longest != [0, 1, 2, 3]
     battery.same(in_process(wanted), run(wanted, data=battery.data()))
@@ -285,7 +286,7 @@ def test_a_client_stays_where_it_ran_unless_a_long_one_waits(ray: InOneProcess) 
     one, other = runtime.slots
 
     def chosen(slot: Slot, *costs: int) -> int:
-        return runtime._choose(slot, [Task(k, cost, lambda handle: None) for k, cost in enumerate(costs)], range(3))
+        return runtime._choose(slot, [Task(k, cost, "fit", tuple) for k, cost in enumerate(costs)], range(3))
 
     assert [chosen(one, 5, 9, 5), chosen(other, 7, 0, 6)] == [1, 0]  # new ones are anybody's
     assert chosen(other, 5, 10, 1) == 0  # 1 is longer, by no more than twice

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 import time
@@ -25,7 +24,8 @@ from fedkeel.local import payload, size_of
 from fedkeel.partition.manifest import Partition
 from fedkeel.partition.sites import Sites
 from fedkeel.record import Record, spent
-from fedkeel.records import Reply, Samples, Server
+from fedkeel.records import Reply, Server
+from fedkeel.rehearsal import rehearsed
 from fedkeel.rng import Streams
 from fedkeel.runtimes import wire
 from fedkeel.runtimes.base import Curve, Progress, Tuning
@@ -91,7 +91,7 @@ class FlowerRuntime:
             roster.wait(clients, wanted, self.options.join_wait)
         ready = self._prepared_of(clients, wanted)
         answers = self._send("train.fit", server, ready, accepted, self.options.deadline, measure)
-        expected = rehearsed(job, server, clients[0])  # while clients train
+        expected = expected_of(job, server, clients[0])  # while clients train
         for client in clients:
             if client not in answers:
                 yield Reply(client, failure=self._absent(client))
@@ -287,21 +287,10 @@ def curve(answer: Packet | Lost, client: int, limit: float) -> Curve:
     return values, size
 
 
-def rehearsed(job: Job, server: Server, client: int) -> dict[str, wire.Kind] | None:
+def expected_of(job: Job, server: Server, client: int) -> dict[str, wire.Kind] | None:
     """What a client sends in this round, by a step that the server trains for itself on noise; None where the method
     cannot do that. The method's declaration has names only; what comes must have the right shapes too."""
-    worker, labels = copy.copy(job.worker), torch.arange(len(job.data.classes)).repeat(2)
-    shape = job.data.shape
-    noise = torch.randint(256, (len(labels), *shape), dtype=torch.uint8, generator=job.streams("rehearsal"))
-
-    def images(client: int, counts: torch.Tensor, first: int) -> Samples:
-        y = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        return Samples.fake_ones(torch.zeros((len(y), *shape), dtype=torch.uint8), y)
-
-    worker.data = lambda client: Samples.real_ones(noise, labels)
-    worker.images = images
-    worker.training = replace(worker.training, max_steps=1)
-    reply = worker.fit(server, client, None, None, job.mail(server, client))
+    reply = rehearsed(job, server, client, 2 * len(job.data.classes), 1)
     if reply.update is None:
         job.warn(f"the server cannot try what clients send: {reply.failure}")
         return None

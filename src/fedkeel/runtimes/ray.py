@@ -16,8 +16,7 @@ import os
 import socket
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,20 +25,16 @@ import torch
 
 from fedkeel import registry
 from fedkeel.errors import ConfigError, MissingExtra, RunError
-from fedkeel.generators.store import Spent
-from fedkeel.local import payload
-from fedkeel.records import Reply, Server
+from fedkeel.records import Server
 from fedkeel.registry import register
-from fedkeel.runtimes.base import Curve, Progress, Tuning
-from fedkeel.runtimes.ray_worker import Actor, Answer, Box, Call, Lost, Setup, boxed, unboxed, versions
+from fedkeel.runtimes.boxes import Box, boxed, unboxed
+from fedkeel.runtimes.crew import PATIENCE, Answer, Crew, Lost, Slot
+from fedkeel.runtimes.ray_worker import Actor, Call, Setup, versions
 
 if TYPE_CHECKING:
     from fedkeel.federation import Cluster
     from fedkeel.job import Job
 
-PATIENCE = 3
-"""How often a client may take its process with it before it counts as failed; how often a process, or Ray, is started
-that does not come up."""
 START = 300.0
 """Seconds without any worker process after which a run gives up."""
 
@@ -147,33 +142,14 @@ def room(cluster: Cluster, nodes: Sequence[Mapping[str, Any]]) -> int:
 # the runtime ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Task:
-    """Something to be done for a client. cost: how long it takes compared with others; send: asks an actor to do it."""
-
-    client: int
-    cost: int
-    send: Callable[[Any], Any]
-
-
-@dataclass
-class Slot:
-    """A place for a worker process. future: of what it does; doing: which task that is, None while it starts."""
-
-    handle: Any = None
-    future: Any = None
-    doing: int | None = None
-    failures: int = 0
-    alive: bool = False
-
-
-class RayRuntime:
+class RayRuntime(Crew):
     """See runtimes/base.py."""
 
     def __init__(self, job: Job, cluster: Cluster, ours: bool) -> None:
         """ours: whether the connection to the cluster ends with this runtime."""
         ray = _ray()
-        self.job, self.ours, self._said = job, ours, set[str]()
+        super().__init__(job)
+        self.ours = ours
         free, asked = room(cluster, ray.nodes()), cluster.actors
         if free == 0 or (asked or 0) > free:
             share = f"{cluster.cpus:g} CPUs" + (f" and {cluster.gpus:g} GPUs" if cluster.gpus else "")
@@ -203,84 +179,15 @@ class RayRuntime:
             versions=versions(),
         )
         self._refs: dict[int, Any] = {}
-        self._homes: dict[int, Slot] = {}
-        plans = job.plans()
-        self._costs = [int(plan.real.sum() + plan.fake.sum()) for plan in plans]
-        self._fakes = [int(plan.fake.sum()) for plan in plans]
         self.slots = [Slot() for _ in range(min(asked or free, job.clients))]
         for slot in self.slots:
-            self._hire(slot)
-
-    def run(
-        self, server: Server, clients: Sequence[int], accepted: Mapping[int, int], measure: Collection[int]
-    ) -> Iterator[Reply]:
-        job, tasks = self.job, []
-        ref = self._broadcast(server)
-        for client in clients:
-            call = self._caller("fit", server, ref, client, accepted, measure=client in measure)
-            tasks.append(Task(client, self._costs[client], call))
-        for client, answer in zip(clients, self._each(tasks), strict=True):
-            if isinstance(answer, Lost):
-                down = 0 if job.method.pooled else payload(server, job.mail(server, client))
-                reply = Reply(client, failure=answer.reason, trace=answer.trace, bytes_down=down)
-            else:
-                reply = unboxed(answer.value, job.device)
-            if not reply.failure:
-                job.store.put(client, server.round, reply.state)
-            yield reply
-
-    def prepare(self, generating: Progress, tuning: Tuning) -> int:
-        job, done = self.job, 0
-        needing = [client for client, count in enumerate(self._fakes) if count]
-        if not needing:
-            return 0
-        job.untuned()  # says what is wrong with a generator before any process does
-        groups: dict[object, list[int]] = {}
-        for client in needing:  # one for each client, or for all who draw from one pool
-            own = client if not job.images.shared else job.generator_of(client)
-            groups.setdefault(own, []).append(client)
-        shares = list(groups.values())
-        sizes = [
-            int(job.images.most(share[0]).sum()) if job.images.shared else self._fakes[share[0]] for share in shares
-        ]
-        tasks = []
-        for share, size in zip(shares, sizes, strict=True):
-            tuned = [client for client in share if job.adapts(client)]
-            tasks.append(Task(share[0], size, self._maker(share, tuned)))
-        for task, answer in zip(tasks, self._each(tasks), strict=True):
-            if isinstance(answer, Lost):
-                raise _lost(f"making images for client {task.client}", answer)
-            _, adapters = answer.value
-            job.adapters.update(adapters)
-            for client, record in adapters.items():
-                tuning(client, int(record.get("steps", 1)), int(record.get("of", 1)))
-            done += task.cost
-            generating(done, sum(sizes))
-        for slot in self.slots:
-            if slot.handle is not None:
-                slot.handle.settle.remote(job.adapters)
-        return sum(sizes)
-
-    def personal(self, server: Server, accepted: Mapping[int, int]) -> list[Curve]:
-        job, ref, tasks = self.job, self._broadcast(server), []
-        curves: list[Curve] = [([], 0)] * job.clients
-        for client, rows in enumerate(job.personal_tests):
-            if len(rows):
-                call = self._caller("curve", server, ref, client, accepted, rows=Box.of(rows))
-                tasks.append(Task(client, self._costs[client], call))
-        for task, answer in zip(tasks, self._each(tasks), strict=True):
-            if isinstance(answer, Lost):
-                raise _lost(f"the personal model of client {task.client}", answer)
-            curves[task.client] = answer.value
-        return curves
+            self.hire(slot)
 
     def close(self) -> None:
-        ray = _ray()
-        for slot in self.slots:
-            self._dismiss(slot)
+        super().close()
         self._refs.clear()
         if self.ours:
-            ray.shutdown()
+            _ray().shutdown()
 
     # what is sent -----------------------------------------------------------------------------------------------------
 
@@ -294,7 +201,7 @@ class RayRuntime:
             or any(job.personal_round(number + 1) for number in range(job.config.rounds))
         )
         test = slice(None if measured else 0)
-        fakes = any(bool(plan.fake.any()) for plan in job.plans())
+        fakes = bool(job.plan.fake.any())
         return replace(
             data,
             train_x=data.train_x[:0],
@@ -304,34 +211,22 @@ class RayRuntime:
             public=data.public if fakes else None,
         )
 
-    def _broadcast(self, server: Server) -> Any:
-        """What the server sends to all, in the object store."""
-        public = replace(server, private={}, layout=None, lab=None, metrics={}, beside={})
+    def broadcast(self, public: Server) -> Any:
         return _ray().put(boxed(public))
 
-    def _caller(
-        self,
-        what: str,
-        server: Server,
-        ref: Any,
-        client: int,
-        accepted: Mapping[int, int],
-        measure: bool = False,
-        rows: Box | None = None,
-    ) -> Callable[[Any], Any]:
-        def send(handle: Any) -> Any:
-            state = boxed(self.job.store.open(client, accepted.get(client)))
-            mail = boxed(self.job.mail(server, client))
-            call = Call(client, ref, self._sample_ref(client), state, mail, measure, rows)
-            return getattr(handle, what).remote(call)
+    def ask(self, handle: Any, what: str, *args: Any) -> Any:
+        if what == "generate":
+            clients, tuned = args
+            return handle.generate.remote(clients, {client: self._sample_ref(client) for client in tuned})
+        server, client, state, mail, more = args
+        call = Call(client, server, self._sample_ref(client), boxed(state), boxed(mail), boxed(more))
+        return getattr(handle, what).remote(call)
 
-        return send
+    def settle(self, slot: Slot) -> None:
+        slot.handle.settle.remote(self.job.adapters)
 
-    def _maker(self, share: Sequence[int], tuned: Sequence[int]) -> Callable[[Any], Any]:
-        def send(handle: Any) -> Any:
-            return handle.generate.remote(share, {client: self._sample_ref(client) for client in tuned})
-
-        return send
+    def opened(self, value: Any) -> Any:
+        return unboxed(value, self.job.device)
 
     def _sample_ref(self, client: int) -> Any:
         """Where a client's samples lie in the object store, from its first use on."""
@@ -340,64 +235,9 @@ class RayRuntime:
             self._refs[client] = _ray().put((Box.of(samples.x), Box.of(samples.y)))
         return self._refs[client]
 
-    # who does it ------------------------------------------------------------------------------------------------------
+    # its processes ---------------------------------------------------------------------------------------------------
 
-    def _each(self, tasks: Sequence[Task]) -> Iterator[Answer | Lost]:
-        """The answers in the order of `tasks`. As many as fit into `memory` are asked for ahead of the one that is
-        next; the longest of these first. An error of ours is raised when its turn comes."""
-        size = 8 * self.job.worker.weights.layout.total  # of a reply with a state, in the rough
-        ahead = max(2 * len(self.slots), int(self.job.config.memory * 2**30) // max(size, 1))
-        waiting, done, losses, turn = set(range(len(tasks))), dict[int, Answer | Lost](), Counter[int](), 0
-        for slot in self.slots:
-            if slot.handle is None:
-                self._hire(slot)
-        try:
-            while turn < len(tasks):
-                for slot in self.slots:
-                    near = [i for i in waiting if i < turn + ahead]
-                    if slot.alive and slot.doing is None and near:
-                        slot.doing = self._choose(slot, tasks, near)
-                        waiting.remove(slot.doing)
-                        slot.future = tasks[slot.doing].send(slot.handle)
-                if turn in done:
-                    answer = done.pop(turn)
-                    if isinstance(answer, Answer):
-                        self._take(answer)
-                    yield answer
-                    turn += 1
-                    continue
-                for slot, answer in self._wait():
-                    i, slot.doing, slot.future = slot.doing, None, None
-                    if i is None:
-                        self._started(slot, answer)
-                    elif isinstance(answer, Lost) and not answer.trace:  # the process, not what it did
-                        losses[i] += 1
-                        self._hire(slot)
-                        if losses[i] < PATIENCE:
-                            waiting.add(i)
-                            turn_of = f"before or during client {tasks[i].client}'s turn"
-                            self._warn(f"a worker process died {turn_of}: {answer.reason}")
-                        else:
-                            before = f"a worker process died {PATIENCE} times before or during its turn"
-                            done[i] = Lost(f"{before}: {answer.reason}")
-                    else:
-                        done[i] = answer
-        finally:
-            for slot in self.slots:  # of a round that is given up
-                if slot.doing is not None:
-                    self._dismiss(slot)
-
-    def _choose(self, slot: Slot, tasks: Sequence[Task], near: Sequence[int]) -> int:
-        """The longest; a client that this slot ran before goes before one that is less than twice as long."""
-        longest = max(near, key=lambda i: (tasks[i].cost, -i))
-        own = [i for i in near if self._homes.get(tasks[i].client, slot) is slot]
-        best = max(own, key=lambda i: (tasks[i].cost, -i), default=longest)
-        chosen = best if 2 * tasks[best].cost >= tasks[longest].cost else longest
-        self._homes[tasks[chosen].client] = slot
-        return chosen
-
-    def _wait(self) -> list[tuple[Slot, Answer | Lost]]:
-        """Waits until a slot has an answer or lost its process."""
+    def wait(self) -> list[tuple[Slot, Answer | Lost]]:
         ray = _ray()
         busy = {slot.future: slot for slot in self.slots if slot.future is not None}
         if not busy:
@@ -421,48 +261,13 @@ class RayRuntime:
             return Lost(_words(error))
         return answer
 
-    def _take(self, answer: Answer) -> None:
-        """Notes what an answer brings beside its value. Raises what was refused."""
-        for text in answer.said:
-            self._warn(text)
-        for section, spent in answer.spent.items():
-            known = self.job.images.spent.setdefault(section, Spent())
-            total = known.after(spent.as_json())
-            known.images, known.peak = total.images, total.peak
-            known.seconds, known.cpu_seconds = total.seconds, total.cpu_seconds
-        if answer.refusal is not None:
-            kind, text, facts = answer.refusal
-            error = kind.__new__(kind, text)
-            vars(error).update(facts)
-            raise error
-
-    def _warn(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            self.job.warn(text)
-
-    def _started(self, slot: Slot, answer: Answer | Lost) -> None:
-        if isinstance(answer, Answer):
-            self._take(answer)
-            slot.alive, slot.failures = True, 0
-            return
-        slot.failures += 1
-        if slot.failures < PATIENCE:
-            self._hire(slot)
-            return
-        self._dismiss(slot)  # the next round tries again
-        self._warn(f"a worker process cannot be started: {answer.reason}")
-        if not any(other.alive or other.future is not None for other in self.slots):
-            raise _lost("starting a worker process", answer)
-
-    def _hire(self, slot: Slot) -> None:
-        """A new process in this slot, in place of what is there."""
-        self._dismiss(slot)
+    def hire(self, slot: Slot) -> None:
+        self.dismiss(slot)
         setup = _ray().put(replace(self._setup, adapters=self.job.adapters))
         slot.handle = self._actor.remote(sys.path, [setup])  # in a list: fetched when the process knows the paths
         slot.future = slot.handle.hello.remote()
 
-    def _dismiss(self, slot: Slot) -> None:
+    def dismiss(self, slot: Slot) -> None:
         if slot.handle is not None:
             _ray().kill(slot.handle)
         slot.handle = slot.future = slot.doing = None
@@ -473,13 +278,6 @@ def _registered() -> dict[tuple[str, str], type]:
     """What is registered from outside this package: a worker process knows it under the same names."""
     found = {(where, name): registry.get(where, name) for where in registry.PACKAGES for name in registry.names(where)}
     return {key: thing for key, thing in found.items() if not thing.__module__.startswith("fedkeel.")}
-
-
-def _lost(what: str, lost: Lost) -> RunError:
-    error = RunError(f"{what}: {lost.reason}")
-    if lost.trace:
-        error.add_note(lost.trace)
-    return error
 
 
 def _words(error: Exception) -> str:

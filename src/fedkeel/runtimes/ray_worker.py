@@ -8,81 +8,26 @@ from __future__ import annotations
 import os
 import platform
 import sys
-import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fedkeel import personal
-from fedkeel.errors import ConfigError, FedkeelError
-from fedkeel.generators.store import Spent, heard
+from fedkeel.errors import ConfigError
 from fedkeel.records import Samples, Server
 from fedkeel.registry import register
-from fedkeel.runtimes.base import Curve
+from fedkeel.runtimes.boxes import Box, boxed, unboxed
+from fedkeel.runtimes.crew import Answer, Hand
 
 if TYPE_CHECKING:
     from fedkeel.config import Config
     from fedkeel.job import Job
-
-
-@dataclass(frozen=True)
-class Box:
-    """A tensor as bytes. There, these are a read-only view of Ray's memory. off_cpu: whether it was on a GPU."""
-
-    bytes: np.ndarray[Any, np.dtype[np.uint8]]
-    dtype: str
-    shape: tuple[int, ...]
-    off_cpu: bool
-
-    @staticmethod
-    def of(tensor: Tensor) -> Box:
-        """No copy of a tensor that is contiguous and on the CPU."""
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        return Box(flat.view(torch.uint8).numpy(), dtype, tuple(tensor.shape), tensor.device.type != "cpu")
-
-    def tensor(self, device: torch.device, copy: bool = True, everything: bool = False) -> Tensor:
-        """The same bits: a copy, that may be written to, unless `copy` is false. On `device` when it was on a GPU, or
-        when `everything` goes there."""
-        dtype, to_device = getattr(torch, self.dtype), self.off_cpu or everything
-        if self.bytes.size == 0:
-            return torch.empty(self.shape, dtype=dtype, device=device if to_device else None)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of memory that must not be written to
-            flat = torch.from_numpy(self.bytes.copy() if copy else self.bytes)
-        tensor = flat.view(dtype).reshape(self.shape)
-        return tensor.to(device) if to_device else tensor
-
-
-def boxed(thing: Any) -> Any:
-    """The same record, mapping or sequence with boxes for tensors."""
-    return _mapped(thing, Tensor, Box.of)
-
-
-def unboxed(thing: Any, device: torch.device, copy: bool = True, everything: bool = False) -> Any:
-    """The reverse of `boxed`."""
-    return _mapped(thing, Box, lambda box: box.tensor(device, copy, everything))
-
-
-def _mapped(thing: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    if isinstance(thing, kind):
-        return change(thing)
-    if isinstance(thing, Mapping):
-        return {key: _mapped(value, kind, change) for key, value in thing.items()}
-    if isinstance(thing, (list, tuple)):
-        return type(thing)(_mapped(value, kind, change) for value in thing)
-    if is_dataclass(thing) and not isinstance(thing, (type, Box)):
-        names = [item.name for item in fields(thing) if item.init]
-        return replace(thing, **{name: _mapped(getattr(thing, name), kind, change) for name in names})
-    return thing
 
 
 @dataclass(frozen=True)
@@ -102,33 +47,15 @@ class Setup:
 
 @dataclass(frozen=True)
 class Call:
-    """What a worker process is asked to do for a client. `server` and `samples` lie in the object store."""
+    """What a worker process is asked to do for a client. `server` and `samples` lie in the object store; state, mail
+    and more: as in `Hand.fit` and `Hand.curve`, boxed."""
 
     client: int
     server: Any
     samples: Any
     state: Mapping[str, Box] | None
     mail: Mapping[str, Box]
-    measure: bool = False
-    rows: Box | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What comes back. refusal: class, text and attributes of an error of ours; said: warnings; spent: on images."""
-
-    value: Any = None
-    refusal: tuple[type[FedkeelError], str, dict[str, Any]] | None = None
-    said: tuple[str, ...] = ()
-    spent: Mapping[str, Spent] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Lost:
-    """Why there is no answer; trace: of an exception that no one expected."""
-
-    reason: str
-    trace: str = ""
+    more: Any
 
 
 def versions() -> dict[str, str]:
@@ -143,8 +70,7 @@ class Actor:
         """paths: where the server's process finds modules, needed for what is the user's own in `setup`, which lies in
         the object store."""
         self._paths, self._ref = paths, setup[0]
-        self._said: list[str] = []
-        self._known: set[str] = set()
+        self.hand = Hand(self._job)
         self._share: OrderedDict[int, tuple[Box, Box]] = OrderedDict()  # the client that ran last stands last
         self._server: tuple[str, Server] | None = None
 
@@ -156,51 +82,27 @@ class Actor:
                 if (here := versions()[package]) != wanted:
                     where = f"{package} {here} on {platform.node()}, {wanted} where the run was started"
                     raise ConfigError("ray.address", self._setup.config.ray.address, where)
-            _ = self.job
+            _ = self.hand.job
 
-        return self._answer(work)
+        return self.hand.answer(work)
 
     def fit(self, call: Call) -> Answer:
-        """A `Reply`, boxed, without what is in it twice."""
-
-        def work() -> Any:
-            server, state, mail = self._open(call)
-            job = self.job
-            reply = job.worker.fit(server, call.client, state, job.measure if call.measure else None, mail)
-            update = None if reply.update is None else replace(reply.update, keep={})
-            return boxed(replace(reply, update=update))
-
-        return self._answer(work)
+        """A `Reply`, boxed."""
+        return self.hand.answer(lambda: boxed(self.hand.fit(*self._open(call), call.more)))
 
     def curve(self, call: Call) -> Answer:
         """A `Curve`."""
-
-        def work() -> Curve:
-            assert call.rows is not None
-            server, state, mail = self._open(call)
-            tests = [torch.empty(0, dtype=torch.int64)] * self.job.clients
-            tests[call.client] = call.rows.tensor(torch.device("cpu"))
-            self.job.personal_tests = tests
-            return personal.curve_of(self.job, server, call.client, state, mail)
-
-        return self._answer(work)
+        return self.hand.answer(lambda: self.hand.curve(*self._open(call), call.more.tensor(torch.device("cpu"))))
 
     def generate(self, clients: Sequence[int], samples: Mapping[int, Any]) -> Answer:
-        """Tunes generators of these clients and makes their images: how many, and what was tuned. samples: of clients
-        that tune."""
-
-        def work() -> tuple[int, dict[int, dict[str, object]]]:
-            for client, ref in samples.items():
-                self._hold(client, ref)
-            count = self.job.generate(clients=clients)
-            return count, {client: self.job.adapters[client] for client in samples}
-
-        return self._answer(work)
+        """How many images, and what was tuned. samples: of clients that tune."""
+        for client, ref in samples.items():
+            self._hold(client, ref)
+        return self.hand.answer(lambda: self.hand.generate(clients, tuple(samples)))
 
     def settle(self, adapters: Mapping[int, dict[str, object]]) -> None:
-        """Images and adapters may have been made elsewhere: what is known of them is read again."""
-        self.job.adapters.update(adapters)
-        vars(self.job).pop("images", None)
+        """See `Hand`."""
+        self.hand.settle(adapters)
 
     @cached_property
     def _setup(self) -> Setup:
@@ -210,9 +112,7 @@ class Actor:
         setup: Setup = ray.get(self._ref)
         return setup
 
-    @cached_property
-    def job(self) -> Job:
-        """This process's."""
+    def _job(self) -> Job:
         import ray
 
         from fedkeel.job import Holdings, Job
@@ -230,44 +130,21 @@ class Actor:
         nothing = (torch.empty(0, dtype=torch.int64),) * setup.config.clients
         partition = Partition("ray", {}, setup.config.seed, "", nothing, counts)
         job = Job(setup.config, holdings=Holdings(data, partition, self._samples))
-        job.warn = self._tell
         job.adapters.update(setup.adapters)
         return job
 
-    def _answer(self, work: Callable[[], Any]) -> Answer:
-        value, refusal = None, None
-        try:
-            with heard(self._tell, self._known):
-                value = work()
-        except FedkeelError as error:
-            refusal = (type(error), str(error), {**vars(error)})
-        said, self._said = tuple(self._said), []
-        return Answer(value, refusal, said, self._spent())
-
-    def _tell(self, text: str) -> None:
-        self._said.append(text)
-
-    def _spent(self) -> dict[str, Spent]:
-        """What was spent on images since it was last asked for."""
-        images = vars(self.job).get("images") if "job" in vars(self) else None
-        out = {}
-        for section, spent in (images.spent if images else {}).items():
-            out[section] = replace(spent)
-            spent.images, spent.seconds, spent.cpu_seconds, spent.peak = 0, 0.0, 0.0, None
-        return out
-
-    def _open(self, call: Call) -> tuple[Server, Mapping[str, Tensor] | None, Mapping[str, Tensor]]:
+    def _open(self, call: Call) -> tuple[Server, int, Mapping[str, Tensor] | None, Mapping[str, Tensor]]:
         import ray
 
         self._hold(call.client, call.samples)
         if self._server is None or self._server[0] != call.server.hex():
             server = self._place(ray.get(call.server))
-            self._server = call.server.hex(), replace(server, layout=self.job.worker.weights.layout)
-        return self._server[1], self._place(call.state), self._place(call.mail)
+            self._server = call.server.hex(), replace(server, layout=self.hand.job.worker.weights.layout)
+        return self._server[1], call.client, self._place(call.state), self._place(call.mail)
 
     def _place(self, thing: Any) -> Any:
         """What the server's process sent. Where that has no GPU and this one does, everything goes to it."""
-        device = self.job.device
+        device = self.hand.job.device
         return unboxed(thing, device, everything=self._setup.driver == "cpu" and device.type != "cpu")
 
     def _hold(self, client: int, ref: Any) -> None:

@@ -1,0 +1,61 @@
+"""The runtime that is likely to be fastest here: clients one after another, or in worker processes on idle cores."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from fedkeel.registry import register
+from fedkeel.rehearsal import rehearsed
+from fedkeel.runtimes.base import Runtime
+from fedkeel.runtimes.inprocess import InProcess
+from fedkeel.runtimes.pool import Pool, cores
+
+if TYPE_CHECKING:
+    from fedkeel.job import Job
+
+STEPS = 3
+"""Of the trial, after one that is not timed."""
+WORTH = 0.1
+"""Seconds of a round in one process below which workers do not pay for what they are sent and start with."""
+
+
+@register("runtimes", "auto")
+@dataclass(frozen=True, kw_only=True)
+class Auto:
+    """`pool` where a short trial says that a round is long enough and cores are idle, else `inprocess`."""
+
+    remote: ClassVar[bool] = False
+
+    def start(self, job: Job) -> Runtime:
+        """A runtime for this job."""
+        pays = job.config.cohort > 1 and can_fork(job) and idle(cores(), os.getloadavg()) > 1 and seconds(job) >= WORTH
+        return Pool().start(job) if pays else InProcess().start(job)
+
+
+def can_fork(job: Job) -> bool:
+    """Whether `pool` runs here at all."""
+    return job.device.type == "cpu" and sys.platform == "linux" and min(job.config.workers or cores(), job.clients) > 1
+
+
+def idle(cores: int, load: Sequence[float]) -> float:
+    """Cores with nothing to do; this process is not counted as busy. Two workers on one core are no faster than one."""
+    return cores - max(load[0] - 1, 0)
+
+
+def seconds(job: Job) -> float:
+    """Of a round's training in one process, by a few steps on random images."""
+    training = job.worker.training
+    server = replace(job.first_server(), layout=job.worker.weights.layout)
+    rehearsed(job, server, 0, training.batch, 1)  # the first one also loads what is needed
+    reply = rehearsed(job, server, 0, training.batch * STEPS, STEPS)
+    job.worker.load(server)
+    if reply.steps == 0:
+        return 0.0
+    held = float((job.plan.real + job.plan.fake).sum(1).double().mean())  # samples of a client
+    steps = training.steps if training.steps is not None else training.epochs * held / training.batch
+    limit = steps if training.max_steps is None else min(steps, training.max_steps)
+    return job.config.cohort * limit * reply.seconds / reply.steps
