@@ -298,7 +298,7 @@ def test_adapted_images_stand_beside_the_plain_ones_of_the_same_seeds(
 
 def test_a_client_that_makes_no_images_has_no_sheet(filled: Finished) -> None:
     assert pools(filled, 0)
-    filled.job.profiles[0] = "none"
+    filled.job.plan.fake[0] = 0
     assert pools(filled, 0) == {}
 
 

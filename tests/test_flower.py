@@ -513,7 +513,7 @@ def test_images_are_made_on_nodes_before_the_first_round(tmp_path):
     cfg = config(tmp_path, "pool.dir=", "participation=1.0", method="fbl")
     grid = loopback.grid(tmp_path)
     battery.same(run(cfg), loopback.federate(grid, cfg))
-    making = [k for k, plan in enumerate(Job(cfg).plans()) if int(plan.fake.sum())]
+    making = Job(cfg).filled
     actions = [action for _, action in grid.log]
     assert actions == ["query.info"] * 4 + ["train.prepare"] * len(making) + ["train.fit"] * 12
     there = {path.relative_to(tmp_path).parts[0] for path in tmp_path.glob("node*/pools/*/*")}
@@ -557,7 +557,7 @@ def test_a_client_that_cannot_make_its_images_is_passed_over(tmp_path, monkeypat
     monkeypatch.setattr(flower_server, "PAUSE", 0.01)
     monkeypatch.setattr(flower_server, "RETRIES", 1)
     cfg = config(tmp_path, "participation=1.0", "rounds=1", f"min_replies={needed}", "pool.dir=", method="fbl")
-    making = [k for k, plan in enumerate(Job(cfg).plans()) if int(plan.fake.sum())]
+    making = Job(cfg).filled
     grid, node = loopback.grid(tmp_path), 100 + making[0]
 
     def dies(action, message, answer):
@@ -582,7 +582,7 @@ def test_a_client_that_cannot_make_its_images_is_passed_over(tmp_path, monkeypat
 def test_a_client_that_leaves_while_it_makes_its_images_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(flower_server, "RETRIES", 0)
     cfg = config(tmp_path, "participation=1.0", "rounds=1", "min_replies=4", "pool.dir=", method="fbl")
-    making = [k for k, plan in enumerate(Job(cfg).plans()) if int(plan.fake.sum())]
+    making = Job(cfg).filled
     grid, asked = loopback.grid(tmp_path, threads=True), []
 
     def leaves(action, message, answer):

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fedkeel.algorithms.base import Algorithm
+from fedkeel.algorithms.scaffold import Scaffold
 from fedkeel.data.transforms import Transform
 from fedkeel.errors import ConfigError, UndeclaredField
 from fedkeel.local import Training, batches, descend, full_gradient, losses, train
@@ -128,6 +129,45 @@ def test_every_sample_once_an_epoch_but_a_last_one_alone():
         assert [len(rows) for rows in epoch] == [5, 5]
         assert len({index for rows in epoch for index in rows}) == 10
     assert one != two  # shuffled anew
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 16])
+@pytest.mark.parametrize("room", [1, 700, 1 << 23])  # a batch, a few, or all of an epoch together
+def test_images_prepared_together_are_those_prepared_batch_by_batch(size, room, monkeypatch):
+    transform = Transform(mean=(0.4,), std=(0.3,))
+    assert not transform.random
+    monkeypatch.setattr("fedkeel.local.AT_ONCE", room)
+    _, local = opened(perceptron(), 16, Training(batch=size), transform=transform)
+    _, other = opened(perceptron(), 16, Training(batch=size), transform=lambda x, **how: transform(x, **how))
+    for one, two in zip(batches(local), batches(other), strict=True):
+        for part in ("x", "y", "fake", "index"):
+            assert torch.equal(getattr(one, part), getattr(two, part))
+        assert one.x.stride() == two.x.stride()
+
+
+def test_bfloat16_is_of_the_passes_only():
+    """Weights and loss stay float32 and near those of float32, and are not the same; so does what is measured."""
+    ends = {}
+    for precision in ("float32", "bfloat16"):
+        worker, local = opened(network("batch"), 40, Training(epochs=2, batch=8, lr=0.05, precision=precision))
+        kinds = set()
+        hook = worker.model.head.register_forward_hook(lambda module, args, out, kinds=kinds: kinds.add(out.dtype))
+        train(local, worker.algorithm, worker.training, worker.weights)
+        hook.remove()
+        assert kinds == {getattr(torch, precision)}
+        assert worker.weights.flat.dtype == torch.float32 == losses(local, local.samples).dtype
+        ends[precision] = local.params.clone()
+    moved = (ends["float32"] - local.anchor).norm()
+    assert 0 < (ends["float32"] - ends["bfloat16"]).norm() < 0.1 * moved
+
+
+@pytest.mark.parametrize(
+    ("options", "method", "keeps"),
+    [({}, None, False), ({"optimiser": "keep", "momentum": 0.9}, None, True), ({}, Scaffold(), True)],
+)
+def test_what_keeps_nothing_is_known(options, method, keeps):
+    worker, _ = opened(perceptron(), 5, Training(**options), method)
+    assert worker.keeps is keeps
 
 
 @pytest.mark.parametrize(

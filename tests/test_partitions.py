@@ -19,6 +19,7 @@ from fedkeel.data.sources import arrays
 from fedkeel.errors import EmptyClient, PartitionError
 from fedkeel.options import build
 from fedkeel.partition import manifest
+from fedkeel.partition.base import Rows
 from fedkeel.partition.dirichlet import Dirichlet
 from fedkeel.partition.global_share import GlobalShare
 from fedkeel.partition.iid import IID
@@ -62,7 +63,7 @@ def test_covers_or_raises(name: str, counts: list[int], clients: int, seed: int)
         return
     assert len(parts) == clients
     assert all(len(rows) and rows.dtype == torch.int64 and (rows.diff() > 0).all() for rows in parts)
-    held = torch.cat(parts)
+    held = torch.cat(list(parts))
     assert torch.equal(held.unique(), torch.arange(len(y)))
     assert name in SHARED or len(held) == len(y)
     again = partitioner.split(y, clients, len(counts), rng(seed))
@@ -256,3 +257,16 @@ def test_manifest_damaged(data: Dataset, tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(PartitionError, match=message):
             manifest.load(path)
+
+
+def test_rows_of_many_clients_are_one_tensor() -> None:
+    """The same rows as tensors of their own; those that several clients share are there once."""
+    shared, own, nothing = torch.tensor([1, 4, 7]), torch.tensor([2]), torch.empty(0, dtype=torch.int64)
+    parts = [shared, own, nothing, shared]
+    rows = Rows.of(parts)
+    assert [part.tolist() for part in rows] == [part.tolist() for part in parts] and len(rows) == 4
+    assert [part.tolist() for part in rows[1:]] == [part.tolist() for part in parts[1:]]
+    assert rows[-1].data_ptr() == rows[0].data_ptr()
+    with pytest.raises(IndexError):
+        rows[4]
+    assert len(Rows.of([])) == 0

@@ -86,10 +86,10 @@ def test_one_run_of_clients_with_different_methods(
     if "algorithm.name=fbl" in method:
         assert own[0] == own[3] == manifest["generator"]["fingerprint"]
         assert own[1] == manifest["generators"]["unconstrained"]["fingerprint"]
-    plans = job.plans()
-    assert int(plans[2].fake.sum()) == 0
-    x = job.images(1, plans[1].fake, 0).x
-    wanted = torch.cat([job.images.of(1).take(c, 1, int(n)) for c, n in enumerate(plans[1].fake)])
+    fake = job.plan.fake
+    assert int(fake[2].sum()) == 0
+    x = job.images(1, fake[1], 0).x
+    wanted = torch.cat([job.images.of(1).take(c, 1, int(n)) for c, n in enumerate(fake[1])])
     assert torch.equal(x, wanted)
     if method[0] != "algorithm.name=fedprox":
         avg = Job(tiny.config(*MIXED, "rounds=2"), data)
@@ -159,7 +159,7 @@ def test_shared_pools_are_shared_by_those_with_one_generator(
 ) -> None:
     fbl = ("algorithm.name=fbl", "pool.sharing=shared", f"pool.dir={tmp_path}")
     job = Job(tiny.config(*fbl, *MIXED, table=two), data)
-    wanted = [plan.fake for plan in job.plans()]
+    wanted = job.plan.fake
     count = job.generate()
     assert count == int(torch.maximum(wanted[0], wanted[3]).sum() + wanted[1].sum())
     sizes = [len(job.images.of(k)) for k in (0, 1, 3)]

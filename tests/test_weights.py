@@ -17,7 +17,7 @@ from fedkeel.models.resnet import ResNet18
 from fedkeel.models.split import Split
 from fedkeel.options import build
 from fedkeel.rng import Streams, isolated
-from fedkeel.weights import Layout, Rule, Weights, mean, treat
+from fedkeel.weights import Layout, Rule, Weights, finite, mean, treat
 
 SHAPE, BATCH = (3, 16, 16), 5
 
@@ -254,3 +254,14 @@ def test_mean_takes_terms_as_they_come():
 def test_mean_of_nothing(terms):
     with pytest.raises(RunError, match="nothing to average"):
         mean(terms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_finite(dtype: torch.dtype) -> None:
+    good = torch.tensor([-3e38, 0.0, 3e38]).to(dtype) if dtype != torch.bfloat16 else torch.tensor([1.0], dtype=dtype)
+    assert finite(good) and finite(good[:0]) and finite(good[0])
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for place in range(3):
+            values = torch.ones(3, dtype=dtype)
+            values[place] = bad
+            assert not finite(values)

@@ -189,7 +189,7 @@ def _measure(name: str) -> _Measured:
     for _ in range(3):
         server, record = one_round(job, runtime, server, accepted)
     clients = record["clients"]
-    states = [job.store.get(client, accepted[client]) for client in clients]
+    states = [job.store.get(client, accepted[client]) for client in clients if client in accepted]
     kept = sum(tensor.numel() * tensor.element_size() for state in states for tensor in state.values())
     sizes = (record["bytes/down"], record["bytes/up"], kept)
     down, up, kept_each = (size / len(clients) for size in sizes)

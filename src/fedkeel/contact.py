@@ -23,7 +23,7 @@ def write_sheet(job: Job, path: Path) -> bool:
 
     The synthetic ones are those of the pool: nothing is generated for the sheet. n is the same for all classes.
     """
-    fakes = torch.stack([plan.fake for plan in job.plans()])  # [K, C]
+    fakes = job.plan.fake  # [K, C]
     each = min(EACH, int(fakes.amax(0).min()), int(job.counts.sum(0).min()))
     if each == 0:
         return False

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedkeel import personal, registry
+from fedkeel.algorithms.base import Algorithm
 from fedkeel.clients import ClientStore
 from fedkeel.config import Config, Profiles
 from fedkeel.data.dataset import Dataset
@@ -29,7 +30,7 @@ from fedkeel.generators.store import Pool, Spent, default_root, folder_of, heard
 from fedkeel.local import Worker
 from fedkeel.models.split import Split
 from fedkeel.partition import manifest
-from fedkeel.partition.manifest import Partition
+from fedkeel.partition.manifest import Partition, counted
 from fedkeel.privacy import Accountant
 from fedkeel.records import Lab, Plan, Samples, Server
 from fedkeel.rng import Streams, isolated, stream_seed
@@ -129,10 +130,9 @@ class Images:
         """[C] most images of a class that any client with this one's generator needs; the server may need more."""
         generator = self.job.generator_of(client)
         if generator not in self._most:
-            plans = enumerate(self.job.plans())
-            needs = [plan.fake for k, plan in plans if self.job.generator_of(k) == generator]
+            needs = [k for k in range(self.job.clients) if self.job.generator_of(k) == generator]
             nothing = torch.zeros(1, len(self.job.data.classes), dtype=torch.int64)
-            self._most[generator] = torch.cat([nothing, *(each[None] for each in needs)]).amax(0)
+            self._most[generator] = torch.cat([nothing, self.job.plan.fake[needs]]).amax(0)
         return self._most[generator]
 
     def kept(self, label: int, client: int, count: int) -> Tensor | None:
@@ -186,8 +186,8 @@ class Job:
         self._clean = clean.train_x
         self.fingerprint = clean.fingerprint
         """Of the data before noise, as the partition is: who holds which images is the same at every level of it."""
-        rows = torch.unique(torch.cat(self.partition.clients))
-        self._held = torch.bincount(clean.train_y[rows], minlength=len(clean.classes))  # before noise
+        self._rows = self.partition.held(len(clean.train_y))
+        self._held = torch.bincount(clean.train_y[self._rows], minlength=len(clean.classes))  # before noise
         self.warn: Callable[[str], None] = warnings.warn
         """Told of damage that was made good; a run sets it to its listener's."""
         self.checkpointed: Callable[[int], Collection[int]] = lambda client: ()
@@ -248,6 +248,9 @@ class Job:
                 yield f"{section}.{option} = {value}: this switches the method off"
             if why := method.idle(self.worker.model, len(self.data.classes)):
                 yield f"{section}.name = {registry.name_of('algorithms', type(method))}: {why}"
+        emulated = self.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if config.local.precision == "bfloat16" and emulated:
+            yield "local.precision = 'bfloat16': this processor does not have it, float32 is faster by far"
         if config.privacy is not None and config.privacy.noise_multiplier == 0:
             yield "privacy.noise_multiplier = 0.0: without noise nothing is private, and epsilon is infinite"
         if config.robust is not None and config.robust.name == "trimmed_mean" and config.robust.cut == 0:
@@ -264,7 +267,7 @@ class Job:
 
     def _tunes_in_vain(self, client: int) -> bool:
         """Whether this client, which tunes, needs no image of a class for which its generator is tuned."""
-        fake = self._plan(self.counts[client], self.profiles[client]).fake
+        fake = self.plan.fake[client]
         tunes_missing = getattr(self.generator_of(client), "tunes_missing", True)
         return not tunes_missing and int(fake[self.counts[client] > 0].sum()) == 0
 
@@ -284,15 +287,13 @@ class Job:
             return self.partition.counts
         if self.method.pooled:
             return self.samples(0).counts(len(self.data.classes))[None]
-        classes = len(self.data.classes)
-        return torch.stack([self.data.train_y[rows].bincount(minlength=classes) for rows in self.partition.clients])
+        return counted(self.partition.clients, self.data.train_y, len(self.data.classes))
 
     def samples(self, client: int) -> Samples:
         """A client's own samples."""
         if self._samples is not None:
             return self._samples(client)
-        held = self.partition.clients
-        rows = torch.unique(torch.cat(held)) if self.method.pooled else held[client]
+        rows = self._rows if self.method.pooled else self.partition.clients[client]
         return Samples.real_ones(self.data.train_x[rows], self.data.train_y[rows])
 
     def lab(self, number: int) -> Lab:
@@ -339,14 +340,22 @@ class Job:
         privacy, config = self.config.privacy, self.config
         return None if privacy is None else Accountant(privacy, config.clients, self.cohort, self.sample)
 
-    def plans(self) -> list[Plan]:
-        """What each client trains on, from its counts and profile (known in simulation only)."""
-        return [self._plan(self.counts[k], self.profiles[k]) for k in range(self.clients)]
+    @cached_property
+    def plan(self) -> Plan:
+        """What all clients train on, [K, C] each, from their counts and profiles (known in simulation only)."""
+        plan = Plan(self.counts, torch.zeros_like(self.counts))
+        if type(self.method).plan is Algorithm.plan:  # nothing is cut or filled
+            return plan
+        plan = Plan(plan.real.clone(), plan.fake)
+        for k in self.counts.any(1).nonzero()[:, 0].tolist():  # samples of the others are elsewhere
+            each = self.method.plan(self.counts[k], self.profiles[k])
+            plan.real[k], plan.fake[k] = each.real, each.fake
+        return plan
 
-    def _plan(self, counts: Tensor, profile: str) -> Plan:
-        if int(counts.sum()) == 0:  # its samples are elsewhere
-            return Plan(counts, torch.zeros_like(counts))
-        return self.method.plan(counts, profile)
+    @property
+    def filled(self) -> list[int]:
+        """The clients that train on synthetic images."""
+        return self.plan.fake.any(1).nonzero()[:, 0].tolist()
 
     # what makes images ------------------------------------------------------------------------------------------------
 
@@ -366,8 +375,8 @@ class Job:
         """Whether this client tunes its generator on its own samples."""
         if client >= self.clients:
             return False
-        counts, profile = self.counts[client], self.profiles[client]
-        return self.method.tunes_generator(counts, profile) and int(self._plan(counts, profile).fake.sum()) > 0
+        tunes = self.method.tunes_generator(self.counts[client], self.profiles[client])
+        return tunes and bool(self.plan.fake[client].any())
 
     @cached_property
     def makers(self) -> int:
@@ -384,7 +393,7 @@ class Job:
 
         Raises ConfigError when one is missing.
         """
-        needed = [client for client, plan in enumerate(self.plans()) if int(plan.fake.sum())]
+        needed = self.filled
         if self.config.algorithm.generates:
             needed.append(self.config.clients)
         out: dict[str, dict[str, object]] = {}
@@ -451,7 +460,7 @@ class Job:
         known = source.trained_on if isinstance(source, Remembers) else None
         if known is None:
             return
-        held = self._clean[torch.unique(torch.cat(self.partition.clients))]
+        held = self._clean[self._rows]
         count = int(torch.isin(marks(held), known).sum())
         if count:
             self.warn(
@@ -508,14 +517,12 @@ class Job:
 
         progress: called with images there and wanted; tuning: with the client, steps done and steps in all.
         """
-        plans = {client: plan.fake for client, plan in enumerate(self.plans()) if int(plan.fake.sum())}
-        if clients is not None:
-            plans = {client: fake for client, fake in plans.items() if client in clients}
-        for client in plans:
+        filled = [client for client in self.filled if clients is None or client in clients]
+        for client in filled:
             self.source_of(client, tuning)
         needs: dict[Pool, dict[tuple[int, int], int]] = {}
-        for client, fake in plans.items():
-            wanted, lane = (self.images.most(client), 0) if self.images.shared else (fake, client)
+        for client in filled:
+            wanted, lane = (self.images.most(client), 0) if self.images.shared else (self.plan.fake[client], client)
             each = needs.setdefault(self.images.of(client), {})
             each |= {(label, lane): int(count) for label, count in enumerate(wanted.tolist()) if count}
         total, done = sum(sum(each.values()) for each in needs.values()), 0
@@ -537,7 +544,7 @@ class Job:
     @property
     def generates(self) -> bool:
         """Whether clients or the server train on synthetic images."""
-        return self.config.algorithm.generates or any(int(plan.fake.sum()) for plan in self.plans())
+        return self.config.algorithm.generates or bool(self.plan.fake.any())
 
     @property
     def tunes(self) -> bool:

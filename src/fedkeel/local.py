@@ -6,8 +6,9 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -20,7 +21,7 @@ from fedkeel.options import option
 from fedkeel.privacy import Privacy, clipped, fits
 from fedkeel.records import Batch, Local, Phase, Prepare, Reply, Samples, Server, Update
 from fedkeel.rng import Streams, isolated
-from fedkeel.weights import Rule, Weights
+from fedkeel.weights import Rule, Weights, finite
 
 if TYPE_CHECKING:
     from fedkeel.algorithms.base import Algorithm
@@ -48,6 +49,12 @@ class Training:
     optimiser: Literal["reset", "keep"] = option(
         "reset", "momentum starts at zero in each round, or lasts on the client (as training alone would have it)"
     )
+    precision: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "of the forward and backward pass of training; weights, their averages and all measurements stay float32. "
+        "bfloat16 (autocast) pays on processors and GPUs that have it, for networks larger than a small CNN",
+        keyed=None,
+    )
     bn_var: Literal["mean", "pooled"] = option(
         "mean", "average of running variances: their mean, or the variance of the pooled samples"
     )
@@ -55,6 +62,10 @@ class Training:
     def __post_init__(self) -> None:
         if self.nesterov and self.momentum == 0:
             raise ConfigError("nesterov", True, "needs momentum above 0")
+
+
+AT_ONCE = 1 << 23
+"""Numbers of the images that are prepared together."""
 
 
 class Absent(Exception):
@@ -116,6 +127,12 @@ class Worker:
             counters=self.weights.counters,
             shared=self.algorithm.server_state(params),
         )
+
+    @cached_property
+    def keeps(self) -> bool:
+        """Whether clients keep anything from round to round."""
+        own = len(self.initial_own) or self.initial_own_counters or self.training.optimiser == "keep"
+        return bool(own) or bool(self.algorithm.client_state(self.weights.params))
 
     def load(self, server: Server) -> None:
         """The network becomes the server's; what is a client's own in it is as at first."""
@@ -311,12 +328,15 @@ def descend(local: Local, algorithm: Algorithm, training: Training, weights: Wei
         local.velocity = velocity = local.velocity.clone() if len(local.velocity) else velocity
     left = math.inf if phase.steps is None else phase.steps
     limit = local.steps + min(left, math.inf if training.max_steps is None else training.max_steps - local.steps)
+    half = torch.autocast(local.device.type, torch.bfloat16)
+    cast = half if training.precision == "bfloat16" else nullcontext()
     pull, epoch = 0.0, 0  # pull: what momentum would hold under a constant gradient of 1
     while local.steps < limit and (phase.steps is not None or epoch < phase.epochs):
         total, seen = torch.zeros((), device=local.device), 0
         for batch in batches(local):
             grad.zero_()
-            loss = algorithm.loss(local, batch)
+            with cast:
+                loss = algorithm.loss(local, batch)
             loss.backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():
                 corrected = algorithm.correct(local, grad[:shared])
@@ -388,16 +408,16 @@ def batches(local: Local) -> Iterator[Batch]:
     order = torch.randperm(len(samples), generator=local.rng("batch"))
     if local.real_ratio is not None and bool(samples.fake.any()) and not bool(samples.fake.all()):
         order = mixed(order, samples.fake, size, local.real_ratio)
-    for rows in torch.split(order, size):
-        if len(rows) == 1 and len(samples) > 1 and size > 1:
-            return
-        fake = samples.fake[rows]
-        yield Batch(
-            x=local.transform(samples.x[rows], rng=local.rng("augment"), augment=~fake, device=local.device),
-            y=samples.y[rows].to(local.device),
-            fake=fake,
-            index=samples.index[rows],
-        )
+    if len(order) % size == 1 and len(samples) > 1 and size > 1:
+        order = order[:-1]
+    at_once = size
+    if not getattr(local.transform, "random", True):  # many at a time are the same, and faster
+        at_once *= max(1, AT_ONCE // max(1, size * samples.x[0].numel()))
+    for rows in torch.split(order, at_once):
+        part = samples.take(rows)
+        x = local.transform(part.x, rng=local.rng("augment"), augment=~part.fake, device=local.device)
+        parts = (x, part.y.to(local.device), part.fake, part.index)
+        yield from map(Batch, *(torch.split(tensor, size) for tensor in parts))
 
 
 def mixed(order: Tensor, fake: Tensor, size: int, ratio: float) -> Tensor:
@@ -492,6 +512,6 @@ def not_finite(update: Update, buffers: Tensor, own: Tensor, local: Local) -> st
         return f"the update's weight is {update.weight}"
     model = {"delta": update.delta, "buffers": buffers, "own": own}
     for name, tensor in (*model.items(), *update.extra.items(), *update.keep.items()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not finite(tensor):
             return f"{name} is not finite after {local.steps} steps"
     return ""

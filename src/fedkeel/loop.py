@@ -28,12 +28,13 @@ from fedkeel.data.dataset import Dataset
 from fedkeel.errors import CheckpointError, ConfigError, RunError, StorageError, TooFewClients, UndeclaredField
 from fedkeel.files import write, write_json, write_tensors
 from fedkeel.job import Holdings, Job
+from fedkeel.partition.manifest import listed
 from fedkeel.privacy import guarded
 from fedkeel.record import Listener, MLflow, RoundLog, Several, Silent, TensorBoard
 from fedkeel.records import Reply, Server, Update
 from fedkeel.robust import agreed
 from fedkeel.runtimes.base import Engine, Runtime
-from fedkeel.weights import Layout, Statistics
+from fedkeel.weights import Layout, Statistics, finite
 
 HEADLINE = 10
 """The headline of a run is the mean over this many last evaluations."""
@@ -197,7 +198,7 @@ def one_round(job: Job, runtime: Runtime, server: Server, accepted: dict[int, in
         raise UndeclaredField(
             f"aggregate shares {sorted(after.shared)}; `server_state` declares {sorted(server.shared)}"
         )
-    if not bool(torch.isfinite(after.params).all() and torch.isfinite(after.buffers).all()):
+    if not (finite(after.params) and finite(after.buffers)):
         raise RunError(f"round {number + 1}: the averaged model is not finite")
     if after.buffers is server.buffers:  # a method that trains at the server, or averages other models, has its own
         after = replace(after, buffers=round_.buffers())
@@ -205,8 +206,8 @@ def one_round(job: Job, runtime: Runtime, server: Server, accepted: dict[int, in
     beside = {name: replace(after, params=params, counters=counters) for name, params in after.beside.items()}
     own = {f"method/{name}": value for name, value in after.metrics.items()}
     after = replace(after, counters=counters, round=number + 1, metrics={}, beside={})
-    for client in round_.done:
-        accepted[client] = number
+    if job.worker.keeps:
+        accepted |= dict.fromkeys(round_.done, number)
     trained = time.perf_counter()
     metrics: dict[str, float] = {}
     due = (number + 1) % config.evaluate.every == 0 or number + 1 == config.rounds
@@ -382,7 +383,7 @@ def describe(job: Job, folder: Path, label: str, resume: bool = False) -> None:
 
     resume: the manifest keeps the time when the run began and adds this one to those when it was resumed.
     """
-    config, plans = job.config, job.plans()
+    config = job.config
     earlier, now = _manifest(folder) if resume else {}, datetime.now(UTC).isoformat(timespec="seconds")
     manifest = {
         "label": label,
@@ -418,10 +419,8 @@ def describe(job: Job, folder: Path, label: str, resume: bool = False) -> None:
     write_json(folder / "manifest.json", manifest)
     if bool(job.partition.counts.any()):  # what sites hold is theirs to know
         job.partition.save(folder / "partition.json")
-        write_json(
-            folder / "balanced.json",
-            {"real": [plan.real.tolist() for plan in plans], "fake": [plan.fake.tolist() for plan in plans]},
-        )
+        parts = ", ".join(f'"{name}": {listed(rows)}' for name, rows in vars(job.plan).items())
+        write(folder / "balanced.json", f"{{{parts}}}\n".encode())
     write(folder / "config.toml", config.toml().encode())
 
 

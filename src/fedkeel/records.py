@@ -167,7 +167,8 @@ class Update:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many samples of each class a client trains on: [C] int64 real ones and [C] int64 synthetic ones."""
+    """How many samples of each class a client trains on: [C] int64 real ones and [C] int64 synthetic ones; of all
+    clients [K, C]."""
 
     real: Tensor
     fake: Tensor

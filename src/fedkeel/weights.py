@@ -234,6 +234,13 @@ class Weights:
         return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named.items()}
 
 
+def finite(tensor: Tensor) -> bool:
+    """Whether all numbers of a floating-point tensor are finite."""
+    if tensor.numel() == 0:
+        return True
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())  # NaN passes through; isfinite takes 20 times
+
+
 class Statistics:
     """The average of clients' BatchNorm statistics by the weights of their updates, taken as they arrive.
 

@@ -157,6 +157,6 @@ def test_single_class_clients():
     labels = torch.arange(60) % 5
     parts = SingleClass().split(labels, 5, 5, np.random.default_rng(0))
     assert [len(labels[rows].unique()) for rows in parts] == [1] * 5
-    assert torch.cat(parts).sort().values.tolist() == list(range(60))
+    assert torch.cat(list(parts)).sort().values.tolist() == list(range(60))
     plan = ReGL(volume=4, mode="missing_only").plan(labels[parts[0]].bincount(minlength=5), "constrained")
     assert sorted(plan.fake.tolist()) == [0, 4, 4, 4, 4]

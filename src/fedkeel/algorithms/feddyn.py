@@ -76,7 +76,9 @@ class FedDyn(Algorithm):
     def correct(self, local: Local, grad: Tensor) -> Tensor:
         grad.add_(local.params - local.anchor, alpha=self.strength(local)).sub_(local.mine["g"])
         if self.clip > 0:
-            grad.mul_(torch.clamp(self.clip / (grad.norm() + 1e-6), max=1.0))
+            scale = self.clip / (grad.norm() + 1e-6)
+            if scale.is_cuda or scale < 1:  # to look at it would stop a GPU
+                grad.mul_(torch.clamp(scale, max=1.0))
         return grad
 
     def upload(self, local: Local) -> Update:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,11 @@ class Transform:
     augment_synthetic: bool = False
     fresh_noise: float = 0.0
 
+    @property
+    def random(self) -> bool:
+        """Whether anything is drawn in training."""
+        return bool(self.crop or self.flip or self.fresh_noise)
+
     def __call__(
         self,
         x: Tensor,
@@ -49,16 +55,16 @@ class Transform:
         """x: [B, C, H, W] uint8. Returns [B, C, H, W] float32 on `device`, in channels_last memory format.
 
         rng: a CPU generator; None = evaluation, nothing random. augment: [B] bool, the rows to augment, that is the
-        real ones; None = all. As many numbers are drawn for a row whether it is augmented or not, and whether crop,
-        flip or noise are on or off, so none of these changes what another row or step gets.
+        real ones; None = all. As many numbers are drawn for a row whether it is augmented or not, and whichever of
+        crop, flip and noise are on, so none of these changes what another row or step gets.
         """
         x = x.to(device, non_blocking=True)
-        if rng is not None:
+        if rng is not None and self.random:
             x = self._augmented(x, rng, augment)
         out = x.to(torch.float32)
-        mean, std = torch.tensor([self.mean, self.std], device=out.device)[:, None, :, None, None]
+        mean, std = scale(self.mean, self.std, out.device)
         # the format is changed last: broadcasting over channels is several times slower in channels_last
-        return out.sub_(mean * 255).div_(std * 255).contiguous(memory_format=torch.channels_last)
+        return out.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
 
     def _augmented(self, x: Tensor, rng: torch.Generator, augment: Tensor | None) -> Tensor:
         b = len(x)
@@ -75,6 +81,13 @@ class Transform:
         shift = torch.where(on, (draws[:2] * (2 * self.crop + 1)).long(), self.crop)
         mirrored = on & (draws[2] < 0.5) & self.flip
         return _cropped(x, shift.to(x.device), mirrored.to(x.device), self.crop)
+
+
+@lru_cache(maxsize=16)
+def scale(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Both as [1, C, 1, 1] in units of 255 levels."""
+    both = torch.tensor([mean, std], device=device)[:, None, :, None, None] * 255
+    return both[0], both[1]
 
 
 def _cropped(x: Tensor, shift: Tensor, mirrored: Tensor, padding: int) -> Tensor:

@@ -180,7 +180,7 @@ def inspect(
     # the pool in which a run keeps them; of one lane, so that they are images 0, 1, 2, ... whoever they are for
     pool = Pool(source, job.pools / source.fingerprint()[:16], warn=job.tell)
     fakes, broken = _images(source, pool, each, progress)
-    rows = torch.unique(torch.cat(job.partition.clients))
+    rows = job.partition.held(len(job.data.train_y))
     train_x, train_y = data.train_x[rows], data.train_y[rows]
     fake_x, fake_y = torch.cat(fakes), _labels(fakes)
     some = _some(train_y, [len(part) for part in fakes], streams)
@@ -308,7 +308,7 @@ def judged(measured: ClassQuality, limits: Limits) -> ClassQuality:
 def reference(job: Job, recipe: Recipe | None = None, progress: Stages = _silent) -> Split:
     """The classifier trained on all train images that clients hold, as `inspect` trains it."""
     recipe = recipe or Recipe()
-    rows = torch.unique(torch.cat(job.partition.clients))
+    rows = job.partition.held(len(job.data.train_y))
     return train(
         job,
         job.data.train_x[rows],

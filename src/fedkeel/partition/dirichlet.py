@@ -6,6 +6,7 @@ is too small. Tries are bounded, as a small alpha with few clients may never com
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +33,7 @@ class Dirichlet:
         False, "instead of giving up, take the best draw and fill small clients at random from the largest"
     )
 
-    def split(self, labels: Tensor, clients: int, classes: int, rng: np.random.Generator) -> list[Tensor]:
+    def split(self, labels: Tensor, clients: int, classes: int, rng: np.random.Generator) -> Sequence[Tensor]:
         enough(len(labels), clients, self.min_size)
         counts = np.bincount(labels.numpy(), minlength=classes)
         best, smallest = np.zeros((classes, clients), dtype=np.int64), -1

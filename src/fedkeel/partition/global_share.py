@@ -7,6 +7,7 @@ that of the union; the set itself is held by all clients, so the clients' indice
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +28,7 @@ class GlobalShare(Dirichlet):
         0.1, "fraction of every class that all clients receive", ge=0, le=1, grid=(0.05, 0.1, 0.2, 0.3)
     )
 
-    def split(self, labels: Tensor, clients: int, classes: int, rng: np.random.Generator) -> list[Tensor]:
+    def split(self, labels: Tensor, clients: int, classes: int, rng: np.random.Generator) -> Sequence[Tensor]:
         own = super().split(labels, clients, classes, rng)
         shuffled = (rng.permutation(np.flatnonzero(labels.numpy() == c)) for c in range(classes))
         shared = np.concatenate([rows[: round(self.share * len(rows))] for rows in shuffled])

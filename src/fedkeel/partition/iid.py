@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from fedkeel.registry import register
 class IID:
     """Random clients of equal size; the sizes differ by one where the number of clients does not divide."""
 
-    def split(self, labels: Tensor, clients: int, classes: int, rng: np.random.Generator) -> list[Tensor]:
+    def split(self, labels: Tensor, clients: int, classes: int, rng: np.random.Generator) -> Sequence[Tensor]:
         enough(len(labels), clients)
         owner = np.empty(len(labels), dtype=np.int64)
         owner[rng.permutation(len(labels))] = np.arange(len(labels)) % clients

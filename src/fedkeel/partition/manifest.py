@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from fedkeel import options, registry
 from fedkeel.data.dataset import Dataset
 from fedkeel.errors import EmptyClient, PartitionError
 from fedkeel.files import write
-from fedkeel.partition.base import Partitioner
+from fedkeel.partition.base import Partitioner, Rows
 from fedkeel.rng import Streams
 
 FORMAT = 1
@@ -34,17 +35,24 @@ class Partition:
     options: Mapping[str, object]
     seed: int
     data: str
-    clients: tuple[Tensor, ...]
+    clients: Sequence[Tensor]
     counts: Tensor
 
     @cached_property
     def hash(self) -> str:
         """SHA-256 over all of the above."""
         digest = hashlib.sha256(_dumps([FORMAT, self.name, dict(self.options), self.seed, self.data]).encode())
-        for part in (*self.clients, self.counts):
+        for part in chain(self.clients, (self.counts,)):
             digest.update(str(tuple(part.shape)).encode())
             digest.update(part.contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def held(self, total: int) -> Tensor:
+        """The rows, of `total`, that any client holds; ascending."""
+        mine = torch.zeros(total, dtype=torch.bool)
+        for rows in self.clients:
+            mine[rows] = True
+        return mine.nonzero()[:, 0]
 
     def save(self, path: Path) -> None:
         """Writes JSON, whole or not at all. Raises StorageError; what was there is kept then."""
@@ -55,10 +63,9 @@ class Partition:
             "seed": self.seed,
             "data": self.data,
             "hash": self.hash,
-            "counts": self.counts.tolist(),
-            "clients": [rows.tolist() for rows in self.clients],
         }
-        write(path, (_dumps(table) + "\n").encode())
+        rows = f'{{"clients":{listed(self.clients)},"counts":{listed(self.counts)},'
+        write(path, f"{rows}{_dumps(table)[1:]}\n".encode())
 
     def verify(self, partitioner: Partitioner, dataset: Dataset, clients: int, streams: Streams) -> None:
         """Raises PartitionError, naming what differs, unless these arguments would `make` this partition."""
@@ -82,12 +89,21 @@ def make(partitioner: Partitioner, dataset: Dataset, clients: int, streams: Stre
     """Splits the train images among `clients` with the stream "partition". Raises PartitionError."""
     classes = len(dataset.classes)
     parts = partitioner.split(dataset.train_y, clients, classes, streams.numpy("partition"))
+    parts = parts if isinstance(parts, Rows) else Rows.of(parts)
     name, chosen = _named(partitioner)
     for k, rows in enumerate(parts):
         if len(rows) == 0:  # a partitioner from elsewhere may have let it through
             raise EmptyClient(f"partition {name!r}: client {k} has no samples")
-    counts = torch.stack([torch.bincount(dataset.train_y[rows], minlength=classes) for rows in parts])
-    return Partition(name, chosen, streams.seed, dataset.fingerprint, tuple(parts), counts)
+    counts = counted(parts, dataset.train_y, classes)
+    return Partition(name, chosen, streams.seed, dataset.fingerprint, parts, counts)
+
+
+def counted(clients: Sequence[Tensor], labels: Tensor, classes: int) -> Tensor:
+    """[K, C] int64 samples per client and class."""
+    counts = torch.zeros(len(clients), classes, dtype=torch.int64)
+    for k, rows in enumerate(clients):
+        counts[k] = labels[rows].bincount(minlength=classes)
+    return counts
 
 
 def load(path: Path) -> Partition:
@@ -96,7 +112,7 @@ def load(path: Path) -> Partition:
         table = json.loads(path.read_text(encoding="utf-8"))
         if table["format"] != FORMAT:
             raise PartitionError(f"{path}: format {table['format']}, this version of fedkeel reads {FORMAT}")
-        clients = tuple(torch.tensor(rows, dtype=torch.int64) for rows in table["clients"])
+        clients = Rows.of([torch.tensor(rows, dtype=torch.int64) for rows in table["clients"]])
         counts = torch.tensor(table["counts"], dtype=torch.int64)
         found = Partition(table["name"], table["options"], table["seed"], table["data"], clients, counts)
         written = table["hash"]
@@ -107,6 +123,11 @@ def load(path: Path) -> Partition:
     if found.hash != written:
         raise PartitionError(f"{path}: its contents have hash {found.hash[:12]}, it was saved with {written[:12]}")
     return found
+
+
+def listed(rows: Iterable[Tensor]) -> str:
+    """JSON of rows of whole numbers, one after another: all of them as Python's numbers take ten times the memory."""
+    return f"[{','.join(_dumps(row.tolist()) for row in rows)}]"
 
 
 def _named(partitioner: Partitioner) -> tuple[str, dict[str, object]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ class Shards:
 
     shards: int = option(2, "shards per client (S)", ge=1, grid=(2, 4, 8))
 
-    def split(self, labels: Tensor, clients: int, classes: int, rng: np.random.Generator) -> list[Tensor]:
+    def split(self, labels: Tensor, clients: int, classes: int, rng: np.random.Generator) -> Sequence[Tensor]:
         enough(len(labels), clients)
         count = clients * self.shards
         if count > len(labels):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from fedkeel.registry import register
 class SingleClass:
     """Client k holds all samples of class k and nothing else; there must be as many clients as classes."""
 
-    def split(self, labels: Tensor, clients: int, classes: int, rng: np.random.Generator) -> list[Tensor]:
+    def split(self, labels: Tensor, clients: int, classes: int, rng: np.random.Generator) -> Sequence[Tensor]:
         if clients != classes:
             raise PartitionError(f"single_class needs a client per class: set clients = {classes} (it is {clients})")
         return deal(labels.numpy(), clients)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from fedkeel.registry import register
 class Sites:
     """Each client's own data on its own machine (runtime "flower"); [data] gives classes, shape and test images."""
 
-    def split(self, labels: Tensor, clients: int, classes: int, rng: np.random.Generator) -> list[Tensor]:
+    def split(self, labels: Tensor, clients: int, classes: int, rng: np.random.Generator) -> Sequence[Tensor]:
         raise PartitionError(
             "partition 'sites': the data lie on the clients' machines; submit this run to a federation with "
             "`fedkeel deploy submit`, or choose another partition"

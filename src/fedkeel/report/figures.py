@@ -137,7 +137,7 @@ def pools(run: Finished, client: int) -> dict[str, tuple[Pool, int]]:
     none where nobody makes any for this client."""
     job = run.job
     maker = client
-    if int(job.plans()[client].fake.sum()) == 0:
+    if int(job.plan.fake[client].sum()) == 0:
         if not job.config.algorithm.generates:
             return {}
         maker = job.config.clients

@@ -40,7 +40,7 @@ class InProcessRuntime:
             state = self.job.store.open(client, accepted.get(client))
             mail = self.job.mail(server, client)
             reply = self.job.worker.fit(server, client, state, self.job.measure if client in measure else None, mail)
-            if not reply.failure:
+            if not reply.failure and self.job.worker.keeps:
                 self.job.store.put(client, server.round, reply.state)
             yield reply
 
