@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # the suite compares runs bit by bit and the machines that run it are shared: one thread a process
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test lint types battery reliability
+.PHONY: setup demo test lint types battery reliability bench
 
 setup: $(STAMP)
 
@@ -32,6 +32,10 @@ battery: setup
 # about an hour on two quiet cores
 reliability: setup
 	PYTHONPATH=tests $(BIN)/python benchmarks/reliability.py
+
+# half an hour on two quiet cores
+bench: setup
+	$(BIN)/python benchmarks/speed
 
 lint: setup
 	$(BIN)/ruff check .
