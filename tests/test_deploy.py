@@ -666,7 +666,9 @@ def test_a_run_is_left_and_stopped(federation: Federation) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["unregistered", "wrong CA", "stolen key"])
 def test_strangers_are_refused(federation: Federation, tmp_path: Path, case: str) -> None:
-    """The first message names the cause; after its patience the supervisor gives up with code 1."""
+    """A node whose key is not registered, one with another authority's certificate, and one with the key of a node that
+    is there (stolen key) are refused. The first message names the cause; after its patience the supervisor gives up
+    with code 1."""
     keys.make_keys(tmp_path / "other", nodes=["berlin"])
     ours = {"unregistered": "ca.crt", "wrong CA": "berlin.key", "stolen key": "ca.crt berlin.key"}[case].split()
     for name in ours:
@@ -685,6 +687,7 @@ def test_strangers_are_refused(federation: Federation, tmp_path: Path, case: str
 
 @pytest.mark.slow
 def test_a_killed_supernode_comes_back_by_itself(federation: Federation) -> None:
+    """Flower's node process is killed: `fedkeel deploy node` starts it again, and it is the same node."""
     before = federation.joined("paris")
     federation.crash("paris")
     federation.until(lambda: federation.joined("paris") > before, 180, "restart of paris")
@@ -694,6 +697,7 @@ def test_a_killed_supernode_comes_back_by_itself(federation: Federation) -> None
 
 @pytest.mark.slow
 def test_sites_come_and_go_while_the_server_runs(federation: Federation) -> None:
+    """A new site's public key is put into the folder: it may join. It is deleted: the site is shut out, for good."""
     assert federation.keys is not None
     keys.make_keys(federation.keys, nodes=["rome"])
     federation.until(lambda: "node rome may join" in federation.log(SERVER), 120, "registration of rome")

@@ -571,3 +571,26 @@ def test_profiles_are_shares_of_the_clients():
     )
     assert (few.count("unconstrained"), more.count("unconstrained")) == (5, 10)
     assert all(after == "unconstrained" for before, after in zip(few, more, strict=True) if before == "unconstrained")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+def test_a_compiled_network_learns_the_same(data):
+    """To the last bits, in which fused operations round differently, and so it does in a second run of the process."""
+    options = ("algorithm.name=scaffold", "model.name=cnn", "rounds=2")
+    plain = run(tiny.config(*options), data=data)
+    for _ in range(2):
+        compiled = run(tiny.config(*options, "local.compile=true"), data=data)
+        for name, tensor in plain.weights.items():
+            assert torch.allclose(compiled.weights[name].float(), tensor.float(), atol=1e-5), name
+
+
+@pytest.mark.parametrize("method", ["fbl", "moon", "fedrep", "feddbe", "pfedgate", "fedalign"])
+def test_what_cannot_be_compiled_is_refused(method, data, generator):
+    """A loss that looks at features, or a network that the method has changed, would not see what the method does."""
+    config = tiny.config(f"algorithm.name={method}", "local.compile=true", "model.name=cnn", *generator)
+    if method == "fedrep":  # changes neither
+        assert not Job(config, data).method.looks_inside
+        return
+    with pytest.raises(ConfigError, match=r"local.compile = True: not with \w+: its loss looks into"):
+        Job(config, data)

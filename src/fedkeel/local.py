@@ -55,6 +55,12 @@ class Training:
         "bfloat16 (autocast) pays on processors and GPUs that have it, for networks larger than a small CNN",
         keyed=None,
     )
+    compile: bool = option(
+        False,
+        "compile the network with torch.compile, in the first steps of a run: pays for large networks only; numbers "
+        "differ in the last bits. For methods whose loss is plain cross-entropy",
+        keyed=None,
+    )
     bn_var: Literal["mean", "pooled"] = option(
         "mean", "average of running variances: their mean, or the variance of the pooled samples"
     )
@@ -104,6 +110,12 @@ class Worker:
         with isolated(streams("build")):  # what a method adds to the network
             self.model = algorithm.build(model).to(device)
         self.weights = Weights(self.model, self._personal)
+        if self.training.compile:
+            if type(self.model) is not Split or algorithm.looks_inside:
+                why = "its loss looks into the network, or changes it, which a compiled one does not follow"
+                raise ConfigError("local.compile", True, f"not with {type(algorithm).__name__}: {why}")
+            torch.compiler.reset()  # what earlier runs of this process have compiled counts towards a limit
+            self.model.compile()  # in place: calls of the whole network, whose parts keep their names
         if privacy is not None:
             fits(self.weights.layout)
         self.initial_own, self.initial_own_counters = self.weights.own, self.weights.own_counters

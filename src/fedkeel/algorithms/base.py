@@ -154,6 +154,11 @@ class Algorithm:
             step = step * self.part_of_all(server, total)
         return replace(server, params=server.params + step)
 
+    @property
+    def looks_inside(self) -> bool:
+        """Whether the loss is more than cross-entropy of what the network says."""
+        return type(self).loss is not Algorithm.loss
+
     def only_sums(self) -> bool:
         """`sums`, of this method and of what it works over. Raises ConfigError for an option that is against it."""
         return self.sums
