@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from fedkeel.algorithms.base import Algorithm
 from fedkeel.algorithms.scaffold import Scaffold
 from fedkeel.data.transforms import Transform
 from fedkeel.errors import ConfigError, UndeclaredField
-from fedkeel.local import Training, batches, descend, full_gradient, losses, train
+from fedkeel.local import Training, batches, descend, frozen, full_gradient, losses, train
 from fedkeel.models.cnn import CNN
 from fedkeel.models.mlp import MLP
 from fedkeel.models.split import Split
@@ -300,6 +301,33 @@ def test_clip_is_of_all_that_moves():
     still = weights.flat.clone()
     descend(local, worker.algorithm, training, weights, Phase(steps=1, shared=False, own=False))
     assert torch.equal(weights.flat, still)
+
+
+def test_what_stands_still_has_no_gradient_computed():
+    """In a phase of the head alone the body is left out of the backward pass, and takes part again after it, even after
+    a failure; what was never to be trained is not."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Heads(Algorithm):
+        def personal(self, name, module):
+            return name.startswith("head")
+
+        def loss(self, local, batch):
+            seen.append([parameter.requires_grad for parameter in local.model.parameters()])
+            if len(seen) == 2:
+                raise ZeroDivisionError
+            return super().loss(local, batch)
+
+    seen: list[list[bool]] = []
+    model = perceptron()
+    next(model.parameters()).requires_grad_(False)
+    worker, local = opened(model, 10, Training(batch=10), Heads())
+    phase = Phase(shared=False)
+    for _ in range(2):
+        with suppress(ZeroDivisionError), frozen(local.model, worker.weights, phase):
+            descend(local, worker.algorithm, worker.training, worker.weights, phase)
+        assert [parameter.requires_grad for parameter in local.model.parameters()] == [False, True, True, True]
+    assert seen == [[False, False, True, True]] * 2
 
 
 def test_loss_is_the_mean_over_samples_of_the_last_epoch():

@@ -374,7 +374,8 @@ def descend(local: Local, algorithm: Algorithm, training: Training, weights: Wei
 
 @contextmanager
 def frozen(model: nn.Module, weights: Weights, phase: Phase) -> Iterator[None]:
-    """The network in training mode, except that layers of which nothing moves in this phase are in evaluation mode."""
+    """The network in training mode, except that layers of which nothing moves in this phase are in evaluation mode; no
+    gradient is computed of what stands still."""
     model.train()
     moving = {True: phase.own, False: phase.shared}
     owners: dict[str, bool] = {}
@@ -387,8 +388,17 @@ def frozen(model: nn.Module, weights: Weights, phase: Phase) -> Iterator[None]:
             model.get_submodule(owner).training = False  # this layer only, not what is inside it
     if not any(owners.values()):
         model.eval()
-    yield
-    model.train()
+    named = dict(model.named_parameters()) if any(owners.values()) else {}
+    found = [named[entry.name] for entry in weights.layout.entries if entry.name in named and not moving[entry.own]]
+    still = [parameter for parameter in found if parameter.requires_grad]
+    for parameter in still:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:  # the network serves other clients after one that failed
+        for parameter in still:
+            parameter.requires_grad_(True)
+        model.train()
 
 
 def step(

@@ -129,6 +129,8 @@ def _rounds(
     runtime: Runtime = engine.start(job)
     listener.started(label, config.rounds, server.round)
     try:
+        if folder is not None:  # all is known to be right: from here on it holds a run
+            write(folder / "config.toml", config.toml().encode())
         seconds = 0.0
         if server.round < config.rounds:
             began = time.perf_counter()
@@ -379,7 +381,7 @@ def _noted(folder: Path | None) -> Iterator[None]:
 
 
 def describe(job: Job, folder: Path, label: str, resume: bool = False) -> None:
-    """Writes manifest.json, partition.json, balanced.json and, when all else is known to be right, config.toml.
+    """Writes manifest.json, partition.json and balanced.json.
 
     resume: the manifest keeps the time when the run began and adds this one to those when it was resumed.
     """
@@ -421,7 +423,6 @@ def describe(job: Job, folder: Path, label: str, resume: bool = False) -> None:
         job.partition.save(folder / "partition.json")
         parts = ", ".join(f'"{name}": {listed(rows)}' for name, rows in vars(job.plan).items())
         write(folder / "balanced.json", f"{{{parts}}}\n".encode())
-    write(folder / "config.toml", config.toml().encode())
 
 
 def _versions() -> dict[str, str]:
