@@ -399,9 +399,8 @@ def taken(machine: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     return (
         f"Taken on {machine['when']} at commit {machine['commit'][:7]}: {machine['processor']}, {machine['cores']} "
-        f"cores, {machine['memory_gib']} GiB, load average {machine['load']} at the end; {versions}. All processes share "
-        "these cores, and each message "
-        "starts a Python process that imports PyTorch, so times are upper bounds."
+        f"cores, {machine['memory_gib']} GiB, load average {machine['load']} at the end; {versions}. All processes "
+        "share these cores, and each message starts a Python process that imports PyTorch, so times are upper bounds."
     )
 
 
