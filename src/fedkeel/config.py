@@ -124,6 +124,7 @@ class Config:
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     threads: int = option(1, "threads of one PyTorch operation on a CPU", ge=1)
     workers: int | None = option(None, "worker processes of runtime = 'pool'; absent: as many as there are cores", ge=1)
+    lanes: int = option(16, "clients that runtime = 'batched' trains at once", ge=1)
     runtime: str = option("inprocess", "what runs the clients")
     runs_dir: str = option("runs", "folder of all runs")
     min_replies: int = option(1, "usable updates without which a round fails the run", ge=1)
@@ -281,7 +282,7 @@ NAMED = {
 }
 """Sections that name a thing, and its room; the keys of all others are fixed."""
 _NO_NUMBERS = {
-    "name", "runs_dir", "runtime", "workers", "checkpoint_every",
+    "name", "runs_dir", "runtime", "workers", "lanes", "checkpoint_every",
     "memory", "tensorboard", "mlflow", "pool", "device", "on_failure", "federation", "ray",
     "min_replies", "local_rounds", "local_clients",
 }  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +74,26 @@ AT_ONCE = 1 << 23
 """Numbers of the images that are prepared together."""
 
 
+Done = TypeVar("Done")
+Measure = Callable[[Split], Mapping[str, float]]
+"""What a client's network is measured with, before and after training."""
+
+
 class Absent(Exception):
     """Raised by a method's hook: this client takes no part in this round, for the reason said."""
+
+
+def tried(client: int, work: Callable[[], Done]) -> Done | Reply:
+    """What `work` returns, or the reply of a client that failed in it. What is the user's to mend is raised."""
+    try:
+        return work()
+    except FedkeelError:
+        raise
+    except Absent as absent:
+        return Reply(client, failure=str(absent))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".strip()
+        return Reply(client, failure=reason, trace=traceback.format_exc())
 
 
 class Worker:
@@ -156,7 +174,7 @@ class Worker:
         server: Server,
         client: int,
         state: Mapping[str, Tensor] | None,
-        measure: Callable[[Split], Mapping[str, float]] | None = None,
+        measure: Measure | None = None,
         mail: Mapping[str, Tensor] | None = None,
     ) -> Reply:
         """One client's round: from what the server sent to all and to this client alone (`mail`), and what the client
@@ -167,27 +185,37 @@ class Worker:
         """
         started, mail = time.perf_counter(), mail or {}
         received = payload(server, mail)
-        try:
-            reply = self._fit(server, client, state, measure, mail)
-        except FedkeelError:
-            raise
-        except Absent as absent:
-            reply = Reply(client, failure=str(absent))
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}".strip()
-            reply = Reply(client, failure=reason, trace=traceback.format_exc())
+        reply = tried(client, lambda: self._fit(server, client, state, measure, mail))
+        return self.charged(reply, time.perf_counter() - started, received)
+
+    def charged(self, reply: Reply, seconds: float, received: int) -> Reply:
+        """`reply` with what it took: time, and the bytes that the client received."""
         if self.algorithm.pooled:  # the data moved instead, once
-            return replace(reply, seconds=time.perf_counter() - started, bytes_up=0)
-        return replace(reply, seconds=time.perf_counter() - started, bytes_down=received)
+            return replace(reply, seconds=seconds, bytes_up=0)
+        return replace(reply, seconds=seconds, bytes_down=received)
 
     def _fit(
         self,
         server: Server,
         client: int,
         state: Mapping[str, Tensor] | None,
-        measure: Callable[[Split], Mapping[str, float]] | None,
+        measure: Measure | None,
         mail: Mapping[str, Tensor],
     ) -> Reply:
+        local, metrics = self.begin(server, client, state, measure, mail)
+        train(local, self.algorithm, self.training, self.weights)
+        return self.finish(local, measure, metrics)
+
+    def begin(
+        self,
+        server: Server,
+        client: int,
+        state: Mapping[str, Tensor] | None,
+        measure: Measure | None,
+        mail: Mapping[str, Tensor],
+    ) -> tuple[Local, Mapping[str, float]]:
+        """A client's round up to its first step: the network is where training starts, the samples are prepared. And
+        what was measured before."""
         local = self.open(server, client, state, mail)
         self.algorithm.start(local)
         metrics: dict[str, float] = {}
@@ -198,7 +226,11 @@ class Worker:
         local.samples = self.algorithm.prepare(local)
         if len(local.samples) == 0:
             raise Absent("nothing to train on in this round")
-        train(local, self.algorithm, self.training, self.weights)
+        return local, metrics
+
+    def finish(self, local: Local, measure: Measure | None, before: Mapping[str, float]) -> Reply:
+        """A client's round from its last step on, the network being as trained: what crosses and what stays."""
+        client, metrics = local.client, dict(before)
         if self.training.buffers.startswith("recalibrate"):
             only_real = self.training.buffers == "recalibrate_real"
             self._recalibrate(local, local.samples.real if only_real else local.samples)
@@ -338,28 +370,37 @@ def descend(local: Local, algorithm: Algorithm, training: Training, weights: Wei
     velocity = torch.zeros_like(grad) if training.momentum > 0 else None
     if velocity is not None and training.optimiser == "keep":
         local.velocity = velocity = local.velocity.clone() if len(local.velocity) else velocity
-    left = math.inf if phase.steps is None else phase.steps
-    limit = local.steps + min(left, math.inf if training.max_steps is None else training.max_steps - local.steps)
     half = torch.autocast(local.device.type, torch.bfloat16)
     cast = half if training.precision == "bfloat16" else nullcontext()
+    total = torch.zeros((), device=local.device)
+    for batch in scheduled(local, training, phase, total):
+        grad.zero_()
+        with cast:
+            loss = algorithm.loss(local, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            corrected = algorithm.correct(local, grad[:shared])
+            if corrected.data_ptr() != grad.data_ptr():
+                grad[:shared].copy_(corrected)
+            if training.clip is not None:
+                moving.mul_(torch.clamp(training.clip / (moving.norm() + 1e-6), max=1.0))
+            for span, rule, rows in spans:
+                part = None if velocity is None else velocity[span]
+                step(params[span], grad[span], part, training, local.lr, rule, rows)
+        total += loss.detach() * len(batch)
+
+
+def scheduled(local: Local, training: Training, phase: Phase, total: Tensor) -> Iterator[Batch]:
+    """The batches of one phase, a step each, which are counted here. Into `total`, a scalar, belongs each batch's loss
+    times its samples: each pass starts with zero, and a pass whose mean is not finite is the last."""
+    left = math.inf if phase.steps is None else phase.steps
+    limit = local.steps + min(left, math.inf if training.max_steps is None else training.max_steps - local.steps)
     pull, epoch = 0.0, 0  # pull: what momentum would hold under a constant gradient of 1
     while local.steps < limit and (phase.steps is not None or epoch < phase.epochs):
-        total, seen = torch.zeros((), device=local.device), 0
+        total.zero_()
+        seen = 0
         for batch in batches(local):
-            grad.zero_()
-            with cast:
-                loss = algorithm.loss(local, batch)
-            loss.backward()  # type: ignore[no-untyped-call]
-            with torch.no_grad():
-                corrected = algorithm.correct(local, grad[:shared])
-                if corrected.data_ptr() != grad.data_ptr():
-                    grad[:shared].copy_(corrected)
-                if training.clip is not None:
-                    moving.mul_(torch.clamp(training.clip / (moving.norm() + 1e-6), max=1.0))
-                for span, rule, rows in spans:
-                    part = None if velocity is None else velocity[span]
-                    step(params[span], grad[span], part, training, local.lr, rule, rows)
-            total += loss.detach() * len(batch)
+            yield batch
             seen += len(batch)
             pull = training.momentum * pull + 1.0
             local.steps += 1

@@ -13,13 +13,17 @@ from fedkeel.records import Reply, Samples, Server
 
 if TYPE_CHECKING:
     from fedkeel.job import Job
+    from fedkeel.local import Worker
 
 
 def rehearsed(job: Job, server: Server, client: int, samples: int, steps: int) -> Reply:
-    """The reply of `client` if it had so many samples, of all classes in turn, and made no more than `steps` steps.
+    """The reply of `client` if it had so many samples, of all classes in turn, and made no more than `steps` steps."""
+    return rehearsing(job, samples, steps).fit(server, client, None, None, job.mail(server, client))
 
-    It borrows the network of the job's worker, which is loaded anew for each client; nothing else changes.
-    """
+
+def rehearsing(job: Job, samples: int, steps: int) -> Worker:
+    """The job's worker for clients that have so many samples, of all classes in turn, and make no more than `steps`
+    steps. It borrows the worker's network, which is loaded anew for each client; nothing else changes."""
     worker, shape = copy.copy(job.worker), job.data.shape
     labels = torch.arange(samples) % len(job.data.classes)
     noise = torch.randint(256, (samples, *shape), dtype=torch.uint8, generator=job.streams("rehearsal"))
@@ -31,4 +35,4 @@ def rehearsed(job: Job, server: Server, client: int, samples: int, steps: int) -
     worker.data = lambda client: Samples.real_ones(noise, labels)
     worker.images = images
     worker.training = replace(worker.training, max_steps=steps)
-    return worker.fit(server, client, None, None, job.mail(server, client))
+    return worker

@@ -63,6 +63,10 @@ class Entry:
             return part.view(out, height, width, inside).permute(0, 3, 1, 2)
         return part.view(self.shape)
 
+    def flat(self, value: Tensor) -> Tensor:
+        """[size] the elements of a tensor of this shape as they stand in the vector: the way back from `view`."""
+        return (value.permute(0, 2, 3, 1) if len(self.shape) == 4 else value).reshape(-1)
+
 
 class Layout:
     """Names, shapes and places of a model's tensors; equal models have equal layouts, whatever machine they are on."""

@@ -1,21 +1,26 @@
-"""The runtime that is likely to be fastest here: clients one after another, or in worker processes on idle cores."""
+"""The runtime that is likely to be fastest here: clients one after another, in worker processes on idle cores, or on a
+GPU several at once."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
+from fedkeel.errors import ConfigError
 from fedkeel.registry import register
-from fedkeel.rehearsal import rehearsed
+from fedkeel.rehearsal import rehearsed, rehearsing
 from fedkeel.runtimes.base import Runtime
+from fedkeel.runtimes.batched import Batched, Call, fitted
 from fedkeel.runtimes.inprocess import InProcess
 from fedkeel.runtimes.pool import Pool, cores
 
 if TYPE_CHECKING:
     from fedkeel.job import Job
+    from fedkeel.local import Worker
 
 STEPS = 3
 """Of the trial, after one that is not timed."""
@@ -26,12 +31,15 @@ WORTH = 0.1
 @register("runtimes", "auto")
 @dataclass(frozen=True, kw_only=True)
 class Auto:
-    """`pool` where a short trial says that a round is long enough and cores are idle, else `inprocess`."""
+    """`pool` where a short trial says that a round is long enough and cores are idle, `batched` where one on a GPU says
+    that it is faster, else `inprocess`."""
 
     remote: ClassVar[bool] = False
 
     def start(self, job: Job) -> Runtime:
         """A runtime for this job."""
+        if job.device.type == "cuda":
+            return faster(job)
         pays = job.config.cohort > 1 and can_fork(job) and idle(cores(), os.getloadavg()) > 1 and seconds(job) >= WORTH
         return Pool().start(job) if pays else InProcess().start(job)
 
@@ -59,3 +67,38 @@ def seconds(job: Job) -> float:
     steps = training.steps if training.steps is not None else training.epochs * held / training.batch
     limit = steps if training.max_steps is None else min(steps, training.max_steps)
     return job.config.cohort * limit * reply.seconds / reply.steps
+
+
+def faster(job: Job) -> Runtime:
+    """`batched` where it works, there are clients to train together and they take less time so, else `inprocess`."""
+    try:
+        gains = min(job.config.cohort, job.config.lanes) > 1 and Batched().start(job) and gain(job) > 1
+    except ConfigError:  # not with this method or network
+        gains = False
+    return Batched().start(job) if gains else InProcess().start(job)
+
+
+def gain(job: Job) -> float:
+    """How many times as long a few clients' few steps take one after another as at once, on random images."""
+    server = replace(job.first_server(), layout=job.worker.weights.layout)
+    clients = range(min(job.config.cohort, job.config.lanes))
+    calls = [Call(client, None, job.mail(server, client)) for client in clients]
+    samples = job.worker.training.batch * STEPS
+    warm, timed = rehearsing(job, samples, 1), rehearsing(job, samples, STEPS)
+
+    def apart(worker: Worker) -> None:
+        for call in calls:
+            worker.fit(server, call.client, None, None, call.mail)
+
+    def together(worker: Worker) -> None:
+        for _ in fitted(worker, server, calls):
+            pass
+
+    took = []
+    for way in (apart, together):
+        way(warm)
+        began = time.perf_counter()
+        way(timed)
+        took.append(time.perf_counter() - began)
+    job.worker.load(server)
+    return took[0] / took[1]

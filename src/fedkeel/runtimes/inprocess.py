@@ -40,9 +40,13 @@ class InProcessRuntime:
             state = self.job.store.open(client, accepted.get(client))
             mail = self.job.mail(server, client)
             reply = self.job.worker.fit(server, client, state, self.job.measure if client in measure else None, mail)
-            if not reply.failure and self.job.worker.keeps:
-                self.job.store.put(client, server.round, reply.state)
-            yield reply
+            yield self.kept(server, reply)
+
+    def kept(self, server: Server, reply: Reply) -> Reply:
+        """`reply`, whose state is in the store until the server accepts it."""
+        if not reply.failure and self.job.worker.keeps:
+            self.job.store.put(reply.client, server.round, reply.state)
+        return reply
 
     def prepare(self, generating: Progress, tuning: Tuning) -> int:
         return self.job.generate(generating, tuning)
