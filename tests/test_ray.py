@@ -26,9 +26,10 @@ from safetensors.torch import load_file
 
 from fedkeel import registry
 from fedkeel.algorithms.base import Algorithm
-from fedkeel.config import Config
+from fedkeel.config import Config, read
 from fedkeel.errors import ConfigError, MissingExtra, UndeclaredField
 from fedkeel.federation import FINEST, Cluster
+from fedkeel.job import Job
 from fedkeel.loop import Result, resume, run
 from fedkeel.options import option
 from fedkeel.record import Silent, numbers
@@ -91,7 +92,8 @@ def same(one: Result, other: Result) -> None:
     battery.same(one, other)
     assert one.folder is not None and other.folder is not None
     kept, again = states(one.folder), states(other.folder)
-    assert kept and kept.keys() == again.keys()
+    assert kept.keys() == again.keys()
+    assert kept or not Job(read(one.folder / "config.toml"), battery.data()).worker.keeps
     for name, tensors in kept.items():
         battery.same_bits(tensors, again[name], name)
 
