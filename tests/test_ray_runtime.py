@@ -31,6 +31,8 @@ from fedkeel.runtimes.crew import Slot, Task
 from fedkeel.runtimes.ray import RayRuntime
 from fedkeel.runtimes.ray_worker import Setup
 
+pytestmark = pytest.mark.full
+
 
 class Failed(Exception):
     """A method that raised, as Ray has it."""

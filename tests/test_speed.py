@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.full
+
 SPEED = Path(__file__).parents[1] / "benchmarks/speed"
 
 

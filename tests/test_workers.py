@@ -41,7 +41,10 @@ from fedkeel.runtimes import pool
 from fedkeel.runtimes.boxes import Box
 from fedkeel.runtimes.pool import Area, Placed, Pool
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only"),
+]
 TWO = ("runtime=pool", "workers=2")
 UNIFORM = "algorithm.weights=uniform"
 PRIVATE = (UNIFORM, "privacy.clip=0.5", "privacy.noise_multiplier=0.02", "privacy.randomness=seed")
