@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -35,6 +36,23 @@ def write(path: Path, content: bytes) -> str:
             partial.unlink()
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
     return hashlib.sha256(content).hexdigest()
+
+
+@contextmanager
+def locked(folder: Path, refusal: Exception) -> Iterator[None]:
+    """Keeps other processes out of a folder; where one is in it `refusal` is raised. The lock is the system's and ends
+    with the process, however it ends. Raises StorageError where the folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise StorageError(f"cannot write {folder}: {error.strerror or error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise refusal from None
+        yield
 
 
 def write_json(path: Path, value: object) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -26,7 +25,7 @@ from fedkeel.config import Config, read
 from fedkeel.contact import write_sheet
 from fedkeel.data.dataset import Dataset
 from fedkeel.errors import CheckpointError, ConfigError, RunError, StorageError, TooFewClients, UndeclaredField
-from fedkeel.files import write, write_json, write_tensors
+from fedkeel.files import locked, write, write_json, write_tensors
 from fedkeel.job import Holdings, Job
 from fedkeel.partition.manifest import listed
 from fedkeel.privacy import guarded
@@ -512,21 +511,12 @@ def _trackers(config: Config, folder: Path, listener: Listener | None) -> Listen
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Two processes must not write one run. The lock is the system's and ends with the process, however it ends.
+    """Two processes must not write one run.
 
     A run that is refused before it began leaves no folder behind, unless something else is in it.
     """
     made = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise StorageError(f"cannot write {folder}: {error.strerror or error}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(f"{folder} is being written by another process") from None
+    with locked(folder, CheckpointError(f"{folder} is being written by another process")):
         try:
             yield
         except Exception:

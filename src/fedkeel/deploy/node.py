@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import subprocess
@@ -10,8 +9,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -21,8 +20,8 @@ import tomli_w
 from fedkeel.deploy.flower import address, check_free, check_insecure, environment, free_port, program
 from fedkeel.deploy.keys import exposed, files
 from fedkeel.deploy.server import ends, finish
-from fedkeel.errors import ConfigError, StorageError
-from fedkeel.files import write
+from fedkeel.errors import ConfigError
+from fedkeel.files import locked, write
 
 Why = Literal["key", "certificate", "clock", "port", "version", "other"]
 
@@ -165,20 +164,9 @@ def keep(node: Node, say: Say = print, patience: Mapping[Why, float] | None = No
             wait = min(2 * wait, LONGEST)
 
 
-@contextmanager
-def _alone(state: Path) -> Iterator[None]:
-    """Keeps other nodes out of a state folder. The lock is the system's and ends with the process, however it ends."""
-    try:
-        state.mkdir(parents=True, exist_ok=True)
-        file = (state / ".lock").open("w")
-    except OSError as error:
-        raise StorageError(f"cannot write {state}: {error.strerror or error}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError("--state", str(state), "another node runs with this folder; give each its own") from None
-        yield
+def _alone(state: Path) -> AbstractContextManager[None]:
+    """Keeps other nodes out of a state folder."""
+    return locked(state, ConfigError("--state", str(state), "another node runs with this folder; give each its own"))
 
 
 def _once(node: Node, config: Path, stop: threading.Event) -> tuple[Why, bool]:

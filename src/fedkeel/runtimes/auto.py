@@ -15,8 +15,9 @@ from fedkeel.registry import register
 from fedkeel.rehearsal import rehearsed, rehearsing
 from fedkeel.runtimes.base import Runtime
 from fedkeel.runtimes.batched import Batched, Call, fitted
+from fedkeel.runtimes.crew import cores
 from fedkeel.runtimes.inprocess import InProcess
-from fedkeel.runtimes.pool import Pool, cores
+from fedkeel.runtimes.pool import Pool
 
 if TYPE_CHECKING:
     from fedkeel.job import Job

@@ -7,6 +7,7 @@ the same state, to the same numbers.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
 PATIENCE = 3
 """How often a client may take its process with it before it counts as failed; how often a process is started that does
 not come up."""
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from fedkeel.local import size_of
 from fedkeel.records import Server
 from fedkeel.registry import register
 from fedkeel.runtimes.boxes import Box, flat, mapped
-from fedkeel.runtimes.crew import Answer, Crew, Hand, Lost, Slot
+from fedkeel.runtimes.crew import Answer, Crew, Hand, Lost, Slot, cores
 
 if TYPE_CHECKING:
     from fedkeel.job import Job
@@ -56,11 +56,6 @@ class Pool:
         if sys.platform != "linux":
             raise ConfigError("runtime", "pool", f"needs Linux, this is {sys.platform}: use ray or inprocess")
         return PoolRuntime(job, min(job.config.workers or cores(), job.clients))
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from fedkeel.errors import ConfigError, MissingExtra, RunError
 from fedkeel.records import Server
 from fedkeel.registry import register
 from fedkeel.runtimes.boxes import Box, boxed, unboxed
-from fedkeel.runtimes.crew import PATIENCE, Answer, Crew, Lost, Slot
+from fedkeel.runtimes.crew import PATIENCE, Answer, Crew, Lost, Slot, cores
 from fedkeel.runtimes.ray_worker import Actor, Call, Setup, versions
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def join(cluster: Cluster) -> bool:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "address": cluster.address or "local"}
     if not cluster.address:
         wanted = math.ceil((cluster.actors or 0) * cluster.cpus)  # as many processes as asked for, whatever the cores
-        options |= {"include_dashboard": False, "num_cpus": max(wanted, _cores())}
+        options |= {"include_dashboard": False, "num_cpus": max(wanted, cores())}
     _reach(cluster.address)
     for trial in range(PATIENCE):
         try:
@@ -109,10 +109,6 @@ def _ray() -> Any:
     except ImportError:
         raise MissingExtra("runtime = 'ray'", "ray") from None
     return ray
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _fits(cluster: Cluster, device: torch.device) -> None:
