@@ -308,7 +308,7 @@ def test_with_method():
     assert parse(with_method(table, "fedprox")).algorithm == FedProx(mu=0.5, weights="uniform")
     assert parse(with_method(table, "fbl")).algorithm == FBL(period=7, drop=8)
     preset = parse(with_method(table, "fbl:M5")).algorithm
-    assert (preset.period, preset.drop, preset.carry) == (7, 8, 0.9)
+    assert (preset.period, preset.drop, preset.carry) == (7, 2, 0.9)  # period is not the preset's
     quarter = parse(with_method(table, "fbl(25%)"))
     assert (quarter.profiles.unconstrained, quarter.profiles.none) == (0.25, 0.5)
     assert isinstance(quarter.algorithm, FBL)

@@ -136,10 +136,19 @@ def test_resnet_starts_with_he_weights() -> None:
     assert torch.equal(body.layer3[1].bn1.bias, torch.zeros(256))
 
 
+@pytest.mark.parametrize("shape", [(3, 64, 64), (3, 65, 67), (1, 32, 33)])
+def test_a_stride_shrinks_the_first_layer(shape: tuple[int, int, int]) -> None:
+    model = CNN(stride=2, hidden=8).build(shape, 10)
+    assert model(images(shape)).shape == (2, 10)
+    assert count(model) < count(CNN(hidden=8).build(shape, 10))
+    assert count(CNN(stride=1).build((1, 28, 28), 10)) == 201_538
+
+
 @pytest.mark.parametrize(
     ("name", "more", "shape", "smallest"),
     [
         ("cnn", {}, (1, 28, 15), 16),
+        ("cnn", {"stride": 2}, (3, 64, 31), 32),
         ("resnet18", {}, (3, 7, 32), 8),
         ("resnet34", {"stem": "imagenet"}, (3, 32, 31), 32),
     ],

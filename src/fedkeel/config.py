@@ -355,7 +355,8 @@ def with_method(table: Table, spec: str) -> dict[str, object]:
     """`table` with another method: "fedprox", "fbl:M3" (a preset), "fbl(25%)" (a quarter of clients unconstrained),
     "fbl:M3(25%)".
 
-    Options for each method are taken from `[methods.<name>]`; those of `[algorithm]` go with its own name only.
+    Options for each method are taken from `[methods.<name>]`; those of `[algorithm]` go with its own name only. A
+    preset named here goes before both.
     """
     parts = re.fullmatch(r"([^:()]*)(?::([^:()]+))?(?:\((\d+(?:\.\d+)?)%\))?", spec)
     if parts is None:
@@ -367,7 +368,11 @@ def with_method(table: Table, spec: str) -> dict[str, object]:
     methods = out.get("methods", {})
     if not isinstance(methods, dict) or not isinstance(methods.get(name, {}), dict):
         raise ConfigError("methods", methods, f"must hold one table a method, such as [methods.{name}]")
-    section |= methods.get(name, {}) | {"name": name} | ({"preset": preset} if preset else {})
+    section |= methods.get(name, {}) | {"name": name}
+    if preset is not None:  # what it sets is asked for here, the rest of the table for any of the method's forms
+        presets = getattr(registry.get("algorithms", name), "presets", {})
+        section = {key: value for key, value in section.items() if key not in presets.get(preset, {})}
+        section["preset"] = preset
     out["algorithm"] = section
     if percent is not None:
         profiles = out.get("profiles", {})

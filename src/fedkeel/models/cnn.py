@@ -29,6 +29,7 @@ class CNN:
     hidden: int = option(360, "D, length of the feature vector", ge=1, grid=(128, 360, 512))
     norm: Literal["none", "batch", "group"] = option("none", "normalisation after each convolution")
     groups: int = option(4, "groups of channels, for norm = group; a divisor of width", ge=1, grid=(2, 4, 8))
+    stride: int = option(1, "of the first convolution; 2 for 64 pixels at the cost of 32", ge=1, le=4, keyed=None)
 
     def __post_init__(self) -> None:
         if self.norm == "group":
@@ -37,10 +38,10 @@ class CNN:
     def build(self, shape: tuple[int, int, int], classes: int) -> Split:
         """A freshly initialised network with PyTorch's default initialisation. Raises ConfigError below 16 pixels."""
         channels, *sides = shape
-        check_size("cnn", shape, SMALLEST)
-        tall, wide = (_pooled(_pooled(side)) for side in sides)
+        check_size("cnn", shape, SMALLEST * self.stride)
+        tall, wide = (_pooled(_pooled(side, self.stride)) for side in sides)
         features = nn.Sequential(
-            *self._layer(channels, self.width),
+            *self._layer(channels, self.width, self.stride),
             *self._layer(self.width, 2 * self.width),
             nn.Flatten(),
             nn.Linear(2 * self.width * tall * wide, self.hidden),
@@ -48,10 +49,10 @@ class CNN:
         )
         return Split(features, nn.Linear(self.hidden, classes), self.hidden)
 
-    def _layer(self, inputs: int, outputs: int) -> list[nn.Module]:
+    def _layer(self, inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
         norm = [] if self.norm == "none" else [normalise(self.norm, outputs, self.groups)]
-        return [nn.Conv2d(inputs, outputs, KERNEL), *norm, nn.ReLU(), nn.MaxPool2d(2)]
+        return [nn.Conv2d(inputs, outputs, KERNEL, stride), *norm, nn.ReLU(), nn.MaxPool2d(2)]
 
 
-def _pooled(side: int) -> int:
-    return (side - KERNEL + 1) // 2
+def _pooled(side: int, stride: int = 1) -> int:
+    return ((side - KERNEL) // stride + 1) // 2
