@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import battery
@@ -24,8 +24,9 @@ from fedkeel.loop import Result, resume, run
 from fedkeel.options import option
 from fedkeel.records import Local, Phase, Samples
 from fedkeel.runtimes import auto
-from fedkeel.runtimes.batched import Batched, BatchedRuntime
-from fedkeel.runtimes.inprocess import InProcessRuntime
+from fedkeel.runtimes.base import Engine
+from fedkeel.runtimes.batched import Batched
+from fedkeel.runtimes.inprocess import InProcess
 
 MOMENTUM = ("local.momentum=0.9", "local.weight_decay=0.01", "local.clip=0.5")
 
@@ -158,7 +159,7 @@ def test_a_correction_that_reads_the_network(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(registry._things["algorithms"], "looking", Looking)
     with pytest.raises(ConfigError, match=r"^runtime = 'batched': the method reads `local.model` between steps"):
         run(config("looking"), data=battery.data())
-    assert type(auto.faster(Job(config("looking"), battery.data()))) is InProcessRuntime
+    assert auto.faster(Job(config("looking"), battery.data())) == InProcess()
 
 
 # clients that fail ----------------------------------------------------------------------------------------------------
@@ -225,23 +226,30 @@ def test_a_client_without_samples_ends_the_run(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("overrides", "slow", "chosen"),
     [
-        ((), "fit", BatchedRuntime),
-        ((), "fitted", InProcessRuntime),
-        (("lanes=1",), "fit", InProcessRuntime),
-        (("local.optimiser=keep",), "fit", InProcessRuntime),
+        ((), "fit", Batched()),
+        ((), "fitted", InProcess()),
+        (("lanes=1",), "fit", InProcess()),
+        (("local.optimiser=keep",), "fit", InProcess()),
     ],
 )
-def test_auto_on_a_gpu(overrides: tuple[str, ...], slow: str, chosen: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if this processor were one; the trial changes nothing."""
+def test_auto_on_a_gpu(overrides: tuple[str, ...], slow: str, chosen: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this processor were one, on a clock; the trial changes nothing."""
     job = Job(config("scaffold", *overrides), battery.data())
     owner = type(job.worker) if slow == "fit" else auto
     quick = getattr(owner, slow)
 
+    now = [0.0]
+
     def slowly(*given: Any, **more: Any) -> Any:
-        time.sleep(0.2)
+        now[0] += 1.0
         return quick(*given, **more)
 
+    def clock() -> float:
+        now[0] += 0.1
+        return now[0]
+
     monkeypatch.setattr(owner, slow, slowly)
+    monkeypatch.setattr(auto, "time", SimpleNamespace(perf_counter=clock))
     before = job.worker.weights.state_dict()
-    assert type(auto.faster(job)) is chosen
+    assert auto.faster(job) == chosen
     battery.same_bits(before, job.worker.weights.state_dict(), "")

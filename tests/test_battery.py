@@ -50,13 +50,12 @@ class ChangesItsMail(Algorithm):
         return update
 
 
-class ChangesWhatItKept(Algorithm):
+class KeepsTheLiveWeights(Algorithm):
     def client_state(self, params):
         return {"w": params.clone()}
 
     def upload(self, local):
-        local.mine["w"].copy_(local.params)
-        return replace(super().upload(local), keep={"w": local.mine["w"].clone()})
+        return replace(super().upload(local), keep={"w": local.params})
 
 
 class SendsTheLiveWeights(Algorithm):
@@ -106,7 +105,7 @@ class BodiesStandStill(HeadsStandStill):
         ("apart", ChangesTheServers, "changed by client 0: server params"),
         ("apart", ChangesWhatAllGet, "changed by client 0: server shared c"),
         ("apart", ChangesItsMail, "changed by client 0: mail params"),
-        ("apart", ChangesWhatItKept, "changed by client .: state mine.w"),
+        ("apart", KeepsTheLiveWeights, "changed by client .: state mine.w"),
         ("apart", SendsTheLiveWeights, "changed by client 1: delta"),
         ("apart", RemembersTheLastClient, "depends on the order of the clients: client 0's delta"),
         ("declares", SendsLess, r"never sent: \['other'\]"),

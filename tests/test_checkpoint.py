@@ -13,17 +13,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
+from fedkeel import checkpoint
+from fedkeel.checkpoint import Checkpoints
 from fedkeel.clients import ClientStore
 from fedkeel.config import Config
 from fedkeel.errors import CheckpointError, PartitionError, StorageError
 from fedkeel.files import write
 from fedkeel.loop import resume, run
 from fedkeel.record import Record, RoundLog, Silent, numbers
+from fedkeel.records import Server
 
 METHODS = {
     "fedavg": tiny.BATCHNORM,
@@ -131,6 +136,129 @@ def test_a_finished_run_is_left_as_it_is(never_stopped, data, tmp_path):
     run(config, data=data, folder=tmp_path / "run")
     assert len(resume(tmp_path / "run", data=data).rounds) == 4
     assert ends(tmp_path / "run") == expected
+
+
+@pytest.mark.parametrize("number", [2, 5])
+@pytest.mark.parametrize("method", [("scaffold",), ("fedcda", "algorithm.warmup=1")], ids=["clients", "server"])
+def test_states_on_disk_only(method, number, data, tmp_path):
+    """Past the budget, with rounds between checkpoints: what is dropped there is not what the last one names."""
+    config = tiny.config(f"algorithm.name={method[0]}", *method[1:], "rounds=6")
+    run(config, data=data, folder=tmp_path / "reference")
+    stopped(replace(config, memory=1e-9, checkpoint_every=3), data, tmp_path / "run", number)
+    listener = StopAfter()
+    resume(tmp_path / "run", data=data, listener=listener)
+    assert listener.went_on_from == number // 3 * 3 and not listener.warnings
+    assert ends(tmp_path / "run") == ends(tmp_path / "reference")
+
+
+def test_a_run_that_an_earlier_version_began(never_stopped, data, tmp_path):
+    """It wrote state.json in another order, on many lines, and no runtime into the manifest."""
+    config, expected = never_stopped("scaffold")
+    folder = tmp_path / "run"
+    stopped(config, data, folder, 3)
+    for path in folder.glob("checkpoint/*/state.json"):
+        state = json.loads(path.read_text())
+        state = {key: state[key] for key in ("key", "round", "kept", "files")}
+        total = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+        path.write_text(json.dumps({**state, "sum": total}, indent=1) + "\n")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["runtime"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    listener = StopAfter()
+    resume(folder, data=data, listener=listener)
+    assert listener.went_on_from == 3 and not listener.warnings
+    assert ends(folder) == expected
+
+
+# what a checkpoint costs ----------------------------------------------------------------------------------------------
+
+
+class Id(int):
+    """A client's number that counts how often it is looked at."""
+
+    looks = 0
+
+    def __hash__(self) -> int:
+        Id.looks += 1
+        return super().__hash__()
+
+    def __eq__(self, other: object) -> bool:
+        Id.looks += 1
+        return super().__eq__(other)
+
+
+class Kept:
+    """Clients that have all kept something, and the checkpoints of their run."""
+
+    def __init__(self, folder: Path, clients: int) -> None:
+        self.store = ClientStore(folder / "clients")
+        self.checkpoints = Checkpoints(folder, "key", self.store, ClientStore(folder / "shelf"))
+        self.server = Server(torch.zeros(4), torch.zeros(0), clients, clients)
+        self.accepted: dict[int, int] = {}
+        self.ids = [Id(client) for client in range(clients)]
+        for _ in range(2):  # both generations know all of them
+            self.round(self.ids)
+
+    def round(self, clients: list[Id]) -> None:
+        """One in which these clients take part, and its checkpoint."""
+        number = self.server.round
+        for client in clients:
+            self.store.open(client, self.accepted.get(client))
+            self.store.put(client, number, {"own": torch.full((4,), float(number))})
+            self.accepted[client] = number
+        self.server = replace(self.server, round=number + 1)
+        self.checkpoints.save(self.server, self.accepted)
+
+
+def test_a_checkpoint_does_not_grow_with_the_square_of_the_clients(tmp_path):
+    def looks(clients: int) -> int:
+        kept = Kept(tmp_path / str(clients), clients)
+        before = Id.looks
+        kept.round(kept.ids[:1])
+        return Id.looks - before
+
+    few, many = looks(30), looks(240)
+    assert 0 < many <= 9 * few
+
+
+def test_a_checkpoint_reads_and_writes_what_changed(tmp_path, monkeypatch):
+    """Of the states; both state.json name all clients, but are not taken apart again, and no folder is listed."""
+    kept, did = Kept(tmp_path, 20), list[str]()
+
+    def watched(name: str, call: Callable[..., object]) -> Callable[..., object]:
+        return lambda *args, **more: did.append(name) or call(*args, **more)
+
+    for name, owner, attribute in (
+        ("summed", checkpoint, "checksum"),
+        ("taken apart", json, "loads"),
+        ("listed", Path, "glob"),
+        ("written", Path, "replace"),
+        ("deleted", Path, "unlink"),
+    ):
+        monkeypatch.setattr(owner, attribute, watched(name, getattr(owner, attribute)))
+    for _ in range(3):
+        did.clear()
+        kept.round(kept.ids[3:5])
+        assert sorted(did) == ["deleted"] * 2 + ["summed"] * 2 + ["written"] * (2 + 2)
+    monkeypatch.undo()
+    assert len(list((tmp_path / "clients").iterdir())) <= 2 * 20
+    found = Checkpoints(tmp_path, "key", ClientStore(tmp_path / "clients"), ClientStore(tmp_path / "shelf"))
+    assert found.load(kept.server).accepted == kept.accepted
+
+
+def test_a_generation_that_is_damaged_while_the_run_goes_on_is_the_next_to_be_written_over(tmp_path):
+    kept = Kept(tmp_path, 2)
+    cut(newest(tmp_path) / "state.json")
+    kept.round(kept.ids)
+    rounds = sorted(json.loads(path.read_text())["round"] for path in tmp_path.glob("checkpoint/*/state.json"))
+    assert rounds == [1, 3]
+
+
+def test_which_states_checkpoints_need(tmp_path):
+    kept = Kept(tmp_path, 3)
+    assert [kept.checkpoints.versions(client) for client in (0, 2, 5)] == [{0, 1}, {0, 1}, set()]
+    kept.round(kept.ids[:1])
+    assert [kept.checkpoints.versions(client) for client in (0, 2, 5)] == [{1, 2}, {1}, set()]
 
 
 def newest(folder: Path) -> Path:
@@ -402,8 +530,6 @@ def test_dying_at_each_write_after_a_fallback(number, damage, data, tmp_path, mo
 
 
 def test_a_full_disk_while_states_are_spilled(tmp_path, monkeypatch):
-    import torch
-
     store = ClientStore(tmp_path / "clients", budget=1)
     store.put(0, 0, {"own": torch.ones(3)})
     Disk(monkeypatch, OSError(errno.ENOSPC, "No space left on device")).left = 1

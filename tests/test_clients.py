@@ -163,6 +163,55 @@ def test_collect_keeps_what_is_needed_and_what_is_in_use(tmp_path):
     assert not left & {"1-1", "1-2"}
 
 
+def test_dropped_versions_leave_no_files(tmp_path):
+    """Between checkpoints too, however far apart they are: four clients' last versions, and one pending each."""
+    store, accepted, most = ClientStore(tmp_path, budget=1), dict[int, int](), 0
+    for number in range(20):
+        for client in range(4):
+            store.open(client, accepted.get(client))
+            store.put(client, number, state(10.0 * number + client))
+            accepted[client] = number
+            most = max(most, len(list(tmp_path.iterdir())))
+    assert most <= 8
+    assert [value(store.open(client, 19)) for client in range(4)] == [190.0, 191.0, 192.0, 193.0]
+
+
+def test_versions_that_a_checkpoint_names_keep_their_files(tmp_path):
+    """Until it names others; what is dropped then goes at once."""
+    store = ClientStore(tmp_path, budget=1)
+    for version in (1, 2):
+        store.put(3, version, state(float(version)))
+    store.put(9, 9, state(9.0))
+    store.collect({(3, 1)})
+    store.open(3, 2)
+    store.put(3, 4, state(4.0))
+    store.put(9, 9, state(9.0))
+    store.open(3, 4)
+    assert {path.stem for path in tmp_path.iterdir()} >= {"3-1", "3-4"}
+    assert not store.file(3, 2).exists()
+    assert value(ClientStore(tmp_path).open(3, 1)) == 1.0
+    store.collect({(3, 4)})
+    assert {path.stem for path in tmp_path.iterdir()} - {"9-9"} == {"3-4"}
+
+
+def test_files_of_a_process_that_was_stopped_are_collected(tmp_path, monkeypatch):
+    """They are looked for once: from then on the store knows what is there."""
+    left = ClientStore(tmp_path)
+    for client in range(3):
+        left.put(client, 7, state(0.0))
+    left.flush((client, 7) for client in range(3))
+    listed, glob = [], Path.glob
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: listed.append(path) or glob(path, pattern))
+    store = ClientStore(tmp_path)
+    for number in range(8, 12):
+        store.put(0, number, state(float(number)))
+        store.open(0, number)
+        store.flush([(0, number)])
+        store.collect({(0, number), (1, 7)})
+        assert {path.stem for path in tmp_path.iterdir()} == {f"0-{number}", "1-7"}
+    assert listed == [tmp_path]
+
+
 def test_tensors_that_share_memory_can_be_kept(tmp_path):
     """The file format refuses them; a method may well keep one tensor under two names."""
     both, store = torch.arange(4.0), ClientStore(tmp_path)

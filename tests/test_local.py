@@ -485,6 +485,34 @@ def test_one_failing_client_leaves_no_trace_on_the_next():
         assert torch.equal(alone.buffers, after.buffers)
 
 
+@pytest.mark.parametrize("refused", [False, True])
+def test_what_a_client_kept_is_as_it_was_after_a_method_wrote_into_it(refused):
+    """The server may not accept what comes of it; and what a client starts with may be the server's own tensor."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Writes(Algorithm):
+        def client_state(self, params):
+            return {"w": params, "rounds": torch.zeros(1)}
+
+        def prepare(self, local):
+            local.mine["w"].mul_(2)
+            local.mine["rounds"].add_(1)
+            if refused and local.round:
+                raise ValueError("no")
+            return local.data
+
+    worker, server = tiny.worker(perceptron(), [tiny.samples(8)], Training(lr=0.05), Writes())
+    first = server.params.clone()
+    reply = worker.fit(server, 0, None)
+    assert torch.equal(server.params, first) and torch.equal(reply.state["mine.w"], 2 * first)
+    before = {name: tensor.clone() for name, tensor in reply.state.items()}
+    after = worker.fit(replace(server, round=1), 0, reply.state)
+    assert bool(after.failure) == refused
+    assert all(torch.equal(tensor, before[name]) for name, tensor in reply.state.items())
+    if not refused:
+        assert torch.equal(after.state["mine.w"], 4 * first) and after.state["mine.rounds"].item() == 2
+
+
 def test_a_failing_recalibration_leaves_the_momentum_of_batchnorm():
     worker, server = tiny.worker(network("batch"), [tiny.samples(12)], Training(buffers="recalibrate"))
     calls = 0

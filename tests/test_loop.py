@@ -30,6 +30,7 @@ from fedkeel.loop import Result, resume, run
 from fedkeel.record import Silent, numbers
 from fedkeel.registry import register
 from fedkeel.rng import Streams
+from fedkeel.runtimes.inprocess import InProcess, InProcessRuntime
 
 
 def comparable(result: Result) -> list[dict]:
@@ -499,6 +500,79 @@ def test_a_runtime_that_cannot_start_leaves_no_run(data, tmp_path):
         with pytest.raises(ConfigError, match="no such cluster"):
             run(tiny.config(), data=data, folder=tmp_path / "run", engine=Missing())
     run(tiny.config(), data=data, folder=tmp_path / "run")
+
+
+class Picks:
+    """Chooses `inprocess`; remembers what it was told of an earlier choice."""
+
+    remote = False
+
+    def __init__(self) -> None:
+        self.before: list[str] = []
+
+    def choose(self, job, before):
+        self.before.append(before)
+        return InProcess()
+
+    def start(self, job):
+        raise AssertionError("what was chosen is started")
+
+
+def test_the_manifest_names_the_runtime(data, tmp_path):
+    """The one that ran, which an engine that chooses is told when the run is resumed."""
+
+    class Own:
+        remote = False
+
+        def start(self, job):
+            return InProcessRuntime(job)
+
+    def manifest(name: str) -> dict:
+        return json.loads((tmp_path / name / "manifest.json").read_text())
+
+    picks = Picks()
+    chosen = run(tiny.config(), data=data, folder=tmp_path / "run", engine=picks)
+    assert picks.before == [""] and manifest("run")["runtime"] == "inprocess"
+    run(tiny.config(), data=data, engine=picks)
+    run(tiny.config(), data=data, folder=tmp_path / "run", engine=picks, resume=True)
+    assert picks.before == ["", "", "inprocess"] and manifest("run")["runtime"] == "inprocess"
+    left = {key: value for key, value in manifest("run").items() if key != "runtime"}
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(left))  # as an earlier version wrote it
+    run(tiny.config(), data=data, folder=tmp_path / "run", engine=picks, resume=True)
+    assert picks.before[-1] == "" and manifest("run")["runtime"] == "inprocess"
+
+    plain = run(tiny.config("runtime=batched"), data=data, folder=tmp_path / "batched")
+    assert manifest("batched")["runtime"] == "batched" and len(plain.rounds) == len(chosen.rounds)
+    run(tiny.config(), data=data, folder=tmp_path / "own", engine=Own())
+    assert manifest("own")["runtime"] == "Own"
+
+
+@pytest.mark.parametrize("when", ["started", "finished_round", "ended"])
+def test_a_runtime_is_closed_whatever_the_listener_raises(when, data):
+    """Ctrl-C while workers start, or a tracker that cannot be reached at the end: no process is left behind."""
+    closed = []
+
+    class Engine:
+        remote = False
+
+        def start(self, job):
+            runtime = InProcessRuntime(job)
+            runtime.close = lambda: closed.append(heard.ends)
+            return runtime
+
+    class Breaks(Heard):
+        pass
+
+    def breaks(self, *args):
+        if when == "ended":
+            Heard.ended(self)
+        raise KeyboardInterrupt
+
+    setattr(Breaks, when, breaks)
+    heard = Breaks()
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny.config("rounds=1"), data=data, listener=heard, engine=Engine())
+    assert closed == [1]  # once, after the listener was told of the end
 
 
 def test_the_manifest_keeps_when_a_run_began(data, tmp_path):

@@ -40,7 +40,7 @@ def write_run(
     """A run's folder whose rounds have these accuracies (None: not evaluated)."""
     folder.mkdir(parents=True)
     manifest = {
-        "label": label, "algorithm": algorithm, "seed": seed, "classes": CLASSES,
+        "label": label, "runtime": "inprocess", "algorithm": algorithm, "seed": seed, "classes": CLASSES,
         "data": {"name": "fashion", "fingerprint": "d" * 64}, "partition": f"abc{seed}", "generator": None,
         "profiles": ["constrained"] * 2, "config": "c" * 64, "commit": "0123456789" * 4,
         "versions": {"fedkeel": "0.1.0", "torch": "2.13.0"},

@@ -17,6 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -453,13 +454,64 @@ def test_a_run_that_is_interrupted_in_the_middle_of_a_round(room: str, monkeypat
         forked(config("fedavg"))
     monkeypatch.setattr(pool.PoolRuntime, "wait", wait)
     runtime = Pool().start(Job(config("fedavg"), battery.data()))
-    time.sleep(0.2)  # they ignore it once they are there
-    for pid in children():
-        os.kill(pid, signal.SIGINT)
     server = replace(runtime.job.first_server(), layout=runtime.job.worker.weights.layout)
-    assert not any(reply.failure for reply in runtime.run(server, [0, 1], {}, measure=()))
-    assert len(multiprocessing.active_children()) == 2
+    for _ in range(2):  # they ignore it once they are there
+        assert not any(reply.failure for reply in runtime.run(server, [0, 1], {}, measure=()))
+        assert len(multiprocessing.active_children()) == 2
+        for pid in children():
+            os.kill(pid, signal.SIGINT)
     runtime.close()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_process_that_cannot_be_forked(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One error, and no worker is left: `nothing_left` sees to that."""
+    start, forks = ForkProcess.start, list[int]()
+
+    def failing(self: ForkProcess) -> None:
+        forks.append(0)
+        if len(forks) == number:  # as os.fork does, but that Python leaves pipes open then
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        start(self)
+
+    monkeypatch.setattr(ForkProcess, "start", failing)
+    runtime = Pool().start(Job(config("fedavg"), battery.data()))
+    server = replace(runtime.job.first_server(), layout=runtime.job.worker.weights.layout)
+    with pytest.raises(RunError, match=r"^starting a worker process: Resource temporarily unavailable$"):
+        next(runtime.run(server, [0, 1], {}, measure=()))
+    assert len(forks) == number
+    runtime.close()
+    forks.clear()
+    with pytest.raises(RunError, match=r"^starting a worker process: "):
+        forked(config("fedavg"))
+
+
+def test_memory_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(size: int) -> Area:
+        raise OSError(12, "Cannot allocate memory")
+
+    runtime = Pool().start(Job(config("fedavg"), battery.data()))
+    monkeypatch.setattr(pool, "Area", none)
+    with pytest.raises(RunError, match=r"^starting a worker process: Cannot allocate memory$"):
+        runtime.hire(runtime.slots[0])
+    assert runtime.slots[0].handle is None and not runtime.slots[0].alive
+    runtime.close()
+
+
+def test_a_run_that_is_interrupted_while_a_worker_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is there already, and ends with the run."""
+    start, started = ForkProcess.start, list[int]()
+
+    def interrupted(self: ForkProcess) -> None:
+        start(self)
+        assert self.pid is not None
+        started.append(self.pid)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ForkProcess, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        forked(config("fedavg"))
+    assert len(started) == 1
 
 
 SLOW = """
@@ -539,9 +591,42 @@ def until(look: Callable[[], list[int]], enough: Callable[[list[int]], bool], se
 def test_how_many_workers(overrides: tuple[str, ...], count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as cores, or as asked for; no more than clients."""
     monkeypatch.setattr(pool, "cores", lambda: 3)
-    runtime = Pool().start(Job(battery.config("fedavg", "runtime=pool", *overrides), battery.data()))
-    assert len(runtime.slots) == len(children()) == count
+    wanted = battery.config("fedavg", "runtime=pool", "participation=1.0", *overrides)
+    runtime = Pool().start(Job(wanted, battery.data()))
+    assert len(runtime.slots) == count and not children()
+    server = replace(runtime.job.first_server(), layout=runtime.job.worker.weights.layout)
+    assert len(list(runtime.run(server, range(wanted.clients), {}, measure=()))) == wanted.clients
+    assert len(children()) == count
     runtime.close()
+
+
+def test_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `workers` does not say how many."""
+    monkeypatch.setattr(pool, "cores", lambda: 4)
+    for overrides, count in (((), 2), (("workers=3",), 3)):
+        job = Job(battery.config("fedavg", "runtime=pool", *overrides), battery.data())
+        assert len(Pool(cores=2).start(job).slots) == count
+
+
+def test_no_more_workers_than_have_something_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All make images and measure personal models, two clients train in a round: so many are there then."""
+    fork, forks, there = os.fork, list[int](), list[int]()
+
+    def counting() -> int:
+        if (pid := fork()) != 0:
+            forks.append(pid)
+        return pid
+
+    monkeypatch.setattr(os, "fork", counting)
+    wanted = config("fbl", "workers=64", "participation=2", "personal.measure=always", "personal.every=2", "rounds=4")
+    wanted = replace(wanted, pool=replace(wanted.pool, dir=str(tmp_path)))
+    result = forked(wanted, listener=Heard(lambda number: there.append(len(children()))))
+    makers = int((Job(wanted, battery.data()).plan.fake.sum(1) > 0).sum())
+    assert makers > 2 and len(forks) == makers + 2
+    assert there == [2, 4, 4, 4] and not result.rounds[-1]["failed"]
+    forks.clear()
+    forked(config("fedavg", "workers=64", "participation=2"))
+    assert len(forks) == 2
 
 
 def test_fewer_clients_than_workers() -> None:

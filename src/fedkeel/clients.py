@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from functools import cached_property
 from pathlib import Path
 
@@ -27,7 +27,8 @@ class ClientStore:
     server names the last round that it accepted from this client: that version is promoted, all others are dropped.
     This one rule covers a late exception, a timeout, a killed client, a killed server and resume.
 
-    States are held in memory; past `budget` bytes the least recently used ones live in files only.
+    States are held in memory; past `budget` bytes the least recently used ones live in files only. A file goes with its
+    version, unless a checkpoint names it.
     """
 
     def __init__(self, folder: Path | None = None, budget: int = 2 << 30) -> None:
@@ -35,6 +36,10 @@ class ClientStore:
         self.budget = budget
         self._held: OrderedDict[tuple[int, int], State] = OrderedDict()
         self._filed: set[tuple[int, int]] = set()  # held ones whose file is known to say the same
+        self._files: set[tuple[int, int]] = set()  # those that have a file; of a run that was stopped, after `collect`
+        self._listed = False
+        self.named: Set[tuple[int, int]] = frozenset()
+        """Versions that a checkpoint on disk may ask for: their files stay."""
         self._bytes = 0
         self._versions: dict[int, set[int]] = {}
 
@@ -59,6 +64,7 @@ class ClientStore:
             raise _unreadable(client, version, error) from error
         self._versions.setdefault(client, set()).add(version)
         self._filed.add(key)
+        self._files.add(key)
         self._hold(key, state)
         return state
 
@@ -95,19 +101,21 @@ class ClientStore:
                 self._write(key)
 
     def retain(self, keys: set[tuple[int, int]]) -> None:
-        """Forgets all versions but these; files stay until `collect`."""
+        """Forgets all versions but these; files that a checkpoint names stay until `collect`."""
         for client, versions in self._versions.items():
             for version in {each for each in versions if (client, each) not in keys}:
                 versions.discard(version)
                 self._drop(client, version)
 
-    def collect(self, needed: set[tuple[int, int]]) -> None:
-        """Deletes the files of all versions but `needed` and those in use."""
-        in_use = {(client, version) for client, versions in self._versions.items() for version in versions}
-        for path in self.folder.glob("*.safetensors"):
-            client, _, version = path.stem.partition("-")
-            if (int(client), int(version)) not in needed | in_use:
-                path.unlink(missing_ok=True)
+    def collect(self, needed: Set[tuple[int, int]]) -> None:
+        """Deletes the files of all versions but `needed`, which checkpoints name from now on, and those in use."""
+        if not self._listed:  # the only process that writes here: later on it knows what is there
+            self._files |= set(map(_key, self.folder.glob("*.safetensors")))
+            self._listed = True
+        self.named = needed
+        for client, version in self._files - needed:
+            if version not in self._versions.get(client, ()):
+                self._delete(client, version)
 
     def file(self, client: int, version: int) -> Path:
         """Where a state is kept on disk."""
@@ -126,17 +134,29 @@ class ClientStore:
         if key not in self._filed:
             write_tensors(self.file(*key), self._held[key])
             self._filed.add(key)
+            self._files.add(key)
 
     def _drop(self, client: int, version: int) -> None:
         self._forget(client, version)
-        if self._folder is None and "folder" in vars(self):  # no checkpoint will ask for it
-            self.file(client, version).unlink(missing_ok=True)
+        key = (client, version)
+        if key in self._files and key not in self.named:
+            self._delete(client, version)
+
+    def _delete(self, client: int, version: int) -> None:
+        self.file(client, version).unlink(missing_ok=True)
+        self._files.discard((client, version))
 
     def _forget(self, client: int, version: int) -> None:
         self._filed.discard((client, version))
         state = self._held.pop((client, version), None)
         if state is not None:
             self._bytes -= _size(state)
+
+
+def _key(path: Path) -> tuple[int, int]:
+    """(client, round) of a file that `ClientStore.file` named."""
+    client, _, version = path.stem.partition("-")
+    return int(client), int(version)
 
 
 def _unreadable(client: int, version: int, error: Exception) -> CheckpointError:

@@ -34,11 +34,7 @@ from fedkeel.partition.manifest import Partition, counted
 from fedkeel.privacy import Accountant
 from fedkeel.records import Lab, Plan, Samples, Server
 from fedkeel.rng import Streams, isolated, stream_seed
-
-Progress = Callable[[int, int], None]
-"""Called with how much is done and how much there is."""
-Tuning = Callable[[int, int, int], None]
-"""Called with a client, and the same of what it does."""
+from fedkeel.runtimes.base import Progress, Tuning
 
 
 class Adapted:

@@ -277,13 +277,14 @@ class Worker:
             server = replace(server, params=mail["params"])
         self.load(server)
         if state is None:
-            mine = self.algorithm.client_state(server.params)
+            mine = {name: tensor.clone() for name, tensor in self.algorithm.client_state(server.params).items()}
         else:
             self.weights.own = state["own"]
             self.weights.own_counters = {name[8:]: t for name, t in state.items() if name.startswith("counter.")}
             mine = {name[5:]: tensor for name, tensor in state.items() if name.startswith("mine.")}
-            # what was read from a file is on the CPU; what a method keeps there on purpose stays there
-            mine = {name: tensor.to(self._home(name, server)) for name, tensor in mine.items()}
+            # what was read from a file is on the CPU; what a method keeps there on purpose stays there. Copies: it may
+            # write into them, and the state is needed as it was when the server refuses what comes of it
+            mine = {name: tensor.to(self._home(name, server), copy=True) for name, tensor in mine.items()}
         data = self.data(client)
         if len(data) == 0:
             raise EmptyClient(f"client {client} has no samples")

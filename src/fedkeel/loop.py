@@ -9,7 +9,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -32,7 +32,7 @@ from fedkeel.privacy import guarded
 from fedkeel.record import Listener, MLflow, RoundLog, Several, Silent, TensorBoard
 from fedkeel.records import Reply, Server, Update
 from fedkeel.robust import agreed
-from fedkeel.runtimes.base import Engine, Runtime
+from fedkeel.runtimes.base import Choosing, Engine, Runtime
 from fedkeel.weights import Layout, Statistics, finite
 
 HEADLINE = 10
@@ -103,6 +103,9 @@ def _rounds(
     assert engine is not None
     job.warn = listener.warned
     accountant = job.accountant  # without its extra the run is refused here, before any work
+    if isinstance(engine, Choosing):
+        before = str(_manifest(folder).get("runtime", "")) if folder is not None and resume else ""
+        engine = engine.choose(job, before)
     accepted: dict[int, int] = {}
     records: list[dict[str, Any]] = []
     spent: dict[str, Any] = {}
@@ -118,16 +121,14 @@ def _rounds(
             for text in found.warnings:
                 listener.warned(text)
         records = log.rewind(server.round)
-        describe(job, folder, label, resume)
+        describe(job, folder, label, engine, resume)
         spent = _table(folder / "generators.json") if resume else {}
         if accountant is not None and resume:
             released = _table(folder / "released.json").items()
             accountant.recall({int(number): int(times) for number, times in released}, server.round)
     for text in job.idle():
         listener.warned(text)
-    runtime: Runtime = engine.start(job)
-    listener.started(label, config.rounds, server.round)
-    try:
+    with closing(engine.start(job)) as runtime, _told(listener, label, config.rounds, server.round):
         if folder is not None:  # all is known to be right: from here on it holds a run
             write(folder / "config.toml", config.toml().encode())
         seconds = 0.0
@@ -160,9 +161,6 @@ def _rounds(
                     checkpoints.save(server, accepted)
                     _note_spent(job, folder, spent)
             listener.finished_round(record)
-    finally:
-        listener.ended()
-        runtime.close()
     job.worker.load(server)
     weights = job.worker.weights.state_dict()
     weights = {key: value for key, value in weights.items() if key not in _own(job.worker.weights.layout)}
@@ -379,8 +377,18 @@ def _noted(folder: Path | None) -> Iterator[None]:
     note.unlink(missing_ok=True)
 
 
-def describe(job: Job, folder: Path, label: str, resume: bool = False) -> None:
-    """Writes manifest.json, partition.json and balanced.json.
+@contextmanager
+def _told(listener: Listener, label: str, rounds: int, done: int) -> Iterator[None]:
+    """A run whose begin and end the listener is told of."""
+    try:
+        listener.started(label, rounds, done)
+        yield
+    finally:
+        listener.ended()
+
+
+def describe(job: Job, folder: Path, label: str, engine: Engine, resume: bool = False) -> None:
+    """Writes manifest.json, partition.json and balanced.json. engine: what runs the clients, as `auto` chose it.
 
     resume: the manifest keeps the time when the run began and adds this one to those when it was resumed.
     """
@@ -388,6 +396,7 @@ def describe(job: Job, folder: Path, label: str, resume: bool = False) -> None:
     earlier, now = _manifest(folder) if resume else {}, datetime.now(UTC).isoformat(timespec="seconds")
     manifest = {
         "label": label,
+        "runtime": _runtime(engine),
         "algorithm": registry.name_of("algorithms", type(config.algorithm)),
         "seed": config.seed,
         "classes": list(job.data.classes),
@@ -479,6 +488,12 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
+
+
+def _runtime(engine: Engine) -> str:
+    """The name of a runtime; of one that is not registered, the name of its class."""
+    names = {registry.get("runtimes", known): known for known in registry.names("runtimes")}
+    return names.get(type(engine), type(engine).__name__)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

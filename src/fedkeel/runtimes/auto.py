@@ -3,6 +3,7 @@ GPU several at once."""
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 from fedkeel.errors import ConfigError
 from fedkeel.registry import register
 from fedkeel.rehearsal import rehearsed, rehearsing
-from fedkeel.runtimes.base import Runtime
+from fedkeel.runtimes.base import Engine, Runtime
 from fedkeel.runtimes.batched import Batched, Call, fitted
 from fedkeel.runtimes.crew import cores
 from fedkeel.runtimes.inprocess import InProcess
@@ -33,21 +34,36 @@ WORTH = 0.1
 @dataclass(frozen=True, kw_only=True)
 class Auto:
     """`pool` where a short trial says that a round is long enough and cores are idle, `batched` where one on a GPU says
-    that it is faster, else `inprocess`."""
+    that it is faster, else `inprocess`. A run that is resumed keeps what it had."""
 
     remote: ClassVar[bool] = False
 
+    def choose(self, job: Job, before: str) -> Engine:
+        """What runs this job: what did `before` (a registered name, "" for none), where that can be here; else what is
+        likely to be fastest."""
+        if before == "inprocess":
+            return InProcess()
+        if job.device.type == "cuda":
+            return faster(job, known=before == "batched")
+        free = idle(cores(), os.getloadavg())
+        if before == "pool" and can_fork(job):
+            return staffed(free)
+        pays = job.config.cohort > 1 and can_fork(job) and free > 1 and seconds(job) >= WORTH
+        return staffed(free) if pays else InProcess()
+
     def start(self, job: Job) -> Runtime:
         """A runtime for this job."""
-        if job.device.type == "cuda":
-            return faster(job)
-        pays = job.config.cohort > 1 and can_fork(job) and idle(cores(), os.getloadavg()) > 1 and seconds(job) >= WORTH
-        return Pool().start(job) if pays else InProcess().start(job)
+        return self.choose(job, "").start(job)
 
 
 def can_fork(job: Job) -> bool:
     """Whether `pool` runs here at all."""
     return job.device.type == "cpu" and sys.platform == "linux" and min(job.config.workers or cores(), job.clients) > 1
+
+
+def staffed(free: float) -> Pool:
+    """Workers for so many idle cores; one core that is idle half of the time is one."""
+    return Pool(cores=max(math.ceil(free), 2))
 
 
 def idle(cores: int, load: Sequence[float]) -> float:
@@ -70,36 +86,38 @@ def seconds(job: Job) -> float:
     return job.config.cohort * limit * reply.seconds / reply.steps
 
 
-def faster(job: Job) -> Runtime:
-    """`batched` where it works, there are clients to train together and they take less time so, else `inprocess`."""
+def faster(job: Job, known: bool = False) -> Engine:
+    """`batched` where it works, there are clients to train together and they take less time so, by a trial unless that
+    is known; else `inprocess`."""
     try:
-        gains = min(job.config.cohort, job.config.lanes) > 1 and Batched().start(job) and gain(job) > 1
+        several = min(job.config.cohort, job.config.lanes) > 1 and Batched().start(job)
+        gains = several and (known or gain(job) > 1)
     except ConfigError:  # not with this method or network
         gains = False
-    return Batched().start(job) if gains else InProcess().start(job)
+    return Batched() if gains else InProcess()
 
 
 def gain(job: Job) -> float:
-    """How many times as long a few clients' few steps take one after another as at once, on random images."""
+    """How many times as long a few clients' few steps take one after another as at once, on random images; 0 where a
+    client fails at once that does not fail alone. Raises ConfigError for a method that cannot be used so."""
     server = replace(job.first_server(), layout=job.worker.weights.layout)
     clients = range(min(job.config.cohort, job.config.lanes))
     calls = [Call(client, None, job.mail(server, client)) for client in clients]
     samples = job.worker.training.batch * STEPS
     warm, timed = rehearsing(job, samples, 1), rehearsing(job, samples, STEPS)
 
-    def apart(worker: Worker) -> None:
-        for call in calls:
-            worker.fit(server, call.client, None, None, call.mail)
+    def apart(worker: Worker) -> set[int]:
+        replies = (worker.fit(server, call.client, None, None, call.mail) for call in calls)
+        return {reply.client for reply in replies if reply.failure}
 
-    def together(worker: Worker) -> None:
-        for _ in fitted(worker, server, calls):
-            pass
+    def together(worker: Worker) -> set[int]:
+        return {reply.client for reply in fitted(worker, server, calls) if reply.failure}
 
-    took = []
+    took, failed = list[float](), list[set[int]]()
     for way in (apart, together):
-        way(warm)
+        before = way(warm)
         began = time.perf_counter()
-        way(timed)
+        failed.append(before | way(timed))
         took.append(time.perf_counter() - began)
     job.worker.load(server)
-    return took[0] / took[1]
+    return 0.0 if failed[1] - failed[0] else took[0] / took[1]

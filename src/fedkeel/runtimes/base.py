@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from fedkeel.records import Reply, Server
 
@@ -26,6 +26,24 @@ class Engine(Protocol):
 
     def start(self, job: Job) -> Runtime:
         """A runtime for this job."""
+        ...
+
+
+@runtime_checkable
+class Choosing(Protocol):
+    """An engine that runs nothing itself but chooses another, as `auto` does.
+
+    The round loop calls `choose` once, before `start`, and starts what it gave instead; the registered name of that
+    is "runtime" in the run's manifest.json, and `before` when the run is resumed.
+    """
+
+    def choose(self, job: Job, before: str) -> Engine:
+        """The engine for this job, whose processes are not started yet.
+
+        before: the name of the one that the run had when it was stopped, to be kept where it can still run here (and is
+        one that this engine may choose), without a new trial: numbers then go on as they began; "" for a new run, and
+        for one whose manifest does not say.
+        """
         ...
 
 

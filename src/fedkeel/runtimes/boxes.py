@@ -55,6 +55,21 @@ def unboxed(thing: Any, device: torch.device, copy: bool = True, everything: boo
     return mapped(thing, Box, lambda box: box.tensor(device, copy, everything))
 
 
+def weighed(thing: Any) -> int:
+    """Bytes of the tensors in a record, mapping or sequence, boxed or not."""
+    if isinstance(thing, Tensor):
+        return thing.nbytes
+    if isinstance(thing, Box):
+        return thing.bytes.nbytes
+    if isinstance(thing, dict):
+        return sum(map(weighed, thing.values()))
+    if isinstance(thing, (list, tuple)):
+        return sum(map(weighed, thing))
+    if is_dataclass(thing) and not isinstance(thing, type):
+        return sum(weighed(getattr(thing, item.name)) for item in fields(thing))
+    return 0
+
+
 def mapped(thing: Any, kind: type | tuple[type, ...], change: Callable[[Any], Any]) -> Any:
     """The same record, mapping or sequence with `change(each)` for each `kind` in it."""
     if isinstance(thing, kind):

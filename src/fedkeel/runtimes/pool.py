@@ -1,9 +1,9 @@
 """Clients in a few processes on the cores of this machine, with weights and updates in memory that they share.
 
-Worker processes are forked from the one that was started: each has the run's data, network and method from the start,
-without a copy, and stays until the end. What the server sends to all is written into shared memory once a round, a
-reply into that of its worker. Numbers are those of `inprocess`, bit for bit: updates are averaged in the order of the
-clients' ids, whoever is ready first.
+Worker processes are forked from the one that was started, when there is first something for them to do, and stay until
+the end: each has the run's data, network and method from the start, without a copy. What the server sends to all is
+written into shared memory once a round, a reply into that of its worker. Numbers are those of `inprocess`, bit for bit:
+updates are averaged in the order of the clients' ids, whoever is ready first.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ from torch import Tensor
 
 from fedkeel.errors import ConfigError
 from fedkeel.local import size_of
+from fedkeel.options import option
 from fedkeel.records import Server
 from fedkeel.registry import register
+from fedkeel.runtimes.base import Progress, Tuning
 from fedkeel.runtimes.boxes import Box, flat, mapped
-from fedkeel.runtimes.crew import Answer, Crew, Hand, Lost, Slot, cores
+from fedkeel.runtimes.crew import Answer, Crew, Hand, Lost, Slot, cores, lost
 
 if TYPE_CHECKING:
     from fedkeel.job import Job
@@ -47,6 +49,7 @@ class Pool:
     """Processes on the cores of this machine, `workers` many, each with `threads` threads. Linux, without a GPU."""
 
     remote: ClassVar[bool] = False
+    cores: int | None = option(None, "workers where `workers` does not say; absent: a worker for each core", ge=1)
 
     def start(self, job: Job) -> PoolRuntime:
         """A runtime for this job. Raises ConfigError on a GPU and where processes cannot be forked."""
@@ -55,7 +58,7 @@ class Pool:
             raise ConfigError("runtime", "pool", allowed)
         if sys.platform != "linux":
             raise ConfigError("runtime", "pool", f"needs Linux, this is {sys.platform}: use ray or inprocess")
-        return PoolRuntime(job, min(job.config.workers or cores(), job.clients))
+        return PoolRuntime(job, min(job.config.workers or self.cores or cores(), job.clients))
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ class PoolRuntime(Crew):
     """See runtimes/base.py."""
 
     def __init__(self, job: Job, workers: int) -> None:
+        """workers: how many there are at most."""
         super().__init__(job)
         first = job.first_server()
         public = size_of((first.params, first.buffers, *first.counters.values(), *first.shared.values()))
@@ -128,28 +132,39 @@ class PoolRuntime(Crew):
         self._room = 6 * job.worker.weights.flat.nbytes + SPARE  # of a client's update and state
         self._number = 0
         self.slots = [Slot() for _ in range(workers)]
-        for slot in self.slots:
-            self.hire(slot)
+
+    def prepare(self, generating: Progress, tuning: Tuning) -> int:
+        count = super().prepare(generating, tuning)
+        for slot in self.slots[self.job.config.cohort :]:  # all make images, but a round has no clients for these
+            self.dismiss(slot)
+        return count
 
     def hire(self, slot: Slot) -> None:
         self.dismiss(slot)
         context = get_context("fork")
-        ours, theirs = context.Pipe()
-        link = Link(ours, theirs, Area(self._room), Area(self._room))
-        link.process = context.Process(target=serve, args=(self.job, link, self._area), daemon=True)
-        with warnings.catch_warnings():
-            # a progress bar's thread may be there; the worker uses nothing that it could hold
-            warnings.simplefilter("ignore", DeprecationWarning)
-            link.process.start()
+        try:
+            ours, theirs = context.Pipe()
+            link = Link(ours, theirs, Area(self._room), Area(self._room))
+            link.process = context.Process(target=serve, args=(self.job, link, self._area), daemon=True)
+            slot.handle = link  # from here on it is ended with the others, whatever comes while it starts
+            with warnings.catch_warnings():
+                # a progress bar's thread may be there; the worker uses nothing that it could hold
+                warnings.simplefilter("ignore", DeprecationWarning)
+                link.process.start()
+        except OSError as error:  # too many processes or open files, too little memory
+            self.dismiss(slot)
+            raise lost("starting a worker process", Lost(error.strerror or str(error))) from error
         theirs.close()
-        slot.handle, slot.alive = link, True
+        slot.alive = True
 
     def dismiss(self, slot: Slot) -> None:
         link: Link | None = slot.handle
         if link is not None:
             link.ours.close()
-            link.process.kill()
-            link.process.join()
+            link.theirs.close()
+            if link.process.pid is not None:
+                link.process.kill()
+                link.process.join()
             link.process.close()
         slot.handle = slot.future = slot.doing = None
         slot.alive = False
