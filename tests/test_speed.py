@@ -8,12 +8,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+
+from fedkeel.config import parse
 
 pytestmark = pytest.mark.full
 
@@ -25,7 +28,7 @@ def speed() -> Iterator[dict[str, ModuleType]]:
     """The modules of benchmarks/speed, which are imported from there."""
     from importlib import import_module
 
-    names = ("workloads", "loops", "parts", "harness", "contender", "measure", "page")
+    names = ("workloads", "needs", "loops", "parts", "harness", "contender", "measure", "page")
     sys.path.insert(0, str(SPEED))
     yield {name: import_module(name) for name in names}
     sys.path.remove(str(SPEED))
@@ -51,6 +54,29 @@ def test_a_race_takes_turns_and_keeps_what_failed(speed: dict[str, ModuleType], 
     assert found.ratio("a", "c", bound=1.0) == {"value": None, "bound": 1.0, "why": "c: no such thing"}
     assert found.ratio("a", "b")["per"] == "step: the numbers of steps differ"
     assert set(found.table()["a"]) >= {"cpu_s", "wall_s", "steps", "peak_mb"}
+
+
+def test_a_race_goes_on_without_who_loses_a_client(speed: dict[str, ModuleType]) -> None:
+    """A round of fewer clients is another round: it is no figure."""
+    text = (
+        "import sys; print('{}', flush=True)\n"
+        "for at, line in enumerate(sys.stdin):\n"
+        '    lost = \'[{"client": 3, "reason": "out of memory"}]\' if at == 2 else \'[]\'\n'
+        "    print('{\"steps\": 4, \"failed\": ' + lost + '}', flush=True)"
+    )
+    found = speed["harness"].race({"a": echo(3), "b": [sys.executable, "-c", text]}, 4)
+    assert found.failed == {"b": "clients failed: out of memory"}
+    assert found.ratio("b", "a")["value"] is None
+    assert set(found.table()) == {"a", "b"} and "why" in found.table()["b"]
+    assert [sorted(each) for each in found.rounds[2:]] == [["a"], ["a"]]
+
+
+def test_options_of_the_measurements_exist(speed: dict[str, ModuleType]) -> None:
+    measure, table = speed["measure"], speed["contender"].table(speed["workloads"].WORKLOADS["W1"])
+    assert parse(table, measure.BF16).local.precision == "bfloat16"
+    assert parse(table, measure.TWO_WORKERS).runtime == "pool"
+    for name, options in measure.METHODS.items():
+        assert parse(table, [f"algorithm.name={name}", *options])
 
 
 def test_ratios_are_medians_of_pairs(speed: dict[str, ModuleType]) -> None:
@@ -98,6 +124,49 @@ def test_the_best_loop_computes_what_the_plain_one_does(speed: dict[str, ModuleT
         loops.network = network
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "forward", "backward"),
+    [
+        ("fedavg", 32, 32),
+        ("moon", 96, 32),  # two more networks
+        ("fedntd", 64, 32),
+        ("fedalign", 32, 32),
+        ("fedgen", 32, 32),
+        ("pfedgate", 32, 32),
+        ("fedrep", 32, 0),  # the one epoch of `tiny` is the head's
+        ("dynafed", 3032, 3032),  # 20 steps on 150 images
+    ],
+)
+def test_a_loop_does_what_a_method_needs(
+    speed: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, name: str, forward: int, backward: int
+) -> None:
+    """A round of 4 steps of 8: images through the bodies of all networks; numbers are finite, and the model moves."""
+    loops, needs, work = speed["loops"], speed["needs"], speed["workloads"].tiny(speed["workloads"].WORKLOADS["W1"])
+    models: list[torch.nn.Sequential] = []
+    for module in (loops, needs):
+        make = module.network
+        monkeypatch.setattr(module, "network", lambda work, make=make: models.append(make(work)) or models[-1])
+    one_round = loops.limit(work, needs=needs.NEEDS.get(name))
+    before = [parameter.clone() for parameter in models[0].parameters()]
+    with ExitStack() as hooks:
+        found = [hooks.enter_context(speed["parts"].passes(model[-2])) for model in models]
+        assert one_round() == 4
+    assert sum(each["forward"] for each in found) == forward
+    assert sum(each["backward"] for each in found) == backward
+    after = list(models[0].parameters())
+    assert all(bool(parameter.isfinite().all()) for parameter in after)
+    assert not torch.equal(after[-1], before[-1]), "the head"
+
+
+def test_needs_are_of_methods_that_there_are(speed: dict[str, ModuleType]) -> None:
+    from fedkeel import registry
+
+    methods = {name: registry.get("algorithms", name) for name in registry.names("algorithms")}
+    needs = speed["needs"].NEEDS
+    assert set(needs) <= set(methods)
+    assert {name for name, method in methods.items() if not method.has_global} <= set(needs)
 
 
 def test_fedkeel_answers_by_its_public_parts(speed: dict[str, ModuleType]) -> None:

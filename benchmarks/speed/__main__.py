@@ -2,6 +2,7 @@
 
 make bench                                         all that needs no GPU: half an hour on two cores
 python benchmarks/speed W1_float32 import_s        only those; the other figures are kept
+python benchmarks/speed methods --only moon fedntd  only these rows of the table of methods
 python benchmarks/speed --tiny --out /tmp/s.json   next to nothing of everything, to see that it works
 python benchmarks/speed --page                     writes the tables of README.md anew
 """
@@ -32,10 +33,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="where they are written, beside those that are there")
     parser.add_argument("--tiny", action="store_true", help="one repetition of next to nothing; needs --out")
     parser.add_argument("--full", action="store_true", help="whole rounds of W2 in place of tenths: an hour more")
+    parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="only these of `methods`")
     parser.add_argument("--page", action="store_true", help="only write the page, from the figures that are there")
     given = parser.parse_args()
     if unknown := set(given.keys) - set(known):
         parser.error(f"there is no {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    if given.only:
+        from fedkeel import registry
+
+        if unknown := set(given.only) - set(registry.names("algorithms")):
+            parser.error(f"--only: there is no {', '.join(sorted(unknown))}")
     if given.tiny and given.out == OUT:
         parser.error("--tiny gives no figures to keep: name another file with --out")
     if not given.page:
@@ -43,7 +50,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="fedkeel-speed-") as folder:
             os.environ["FEDKEEL_CACHE"] = folder
             for name in chosen:
-                one(name, Setting(given.tiny, given.full, Path(folder)), given.out)
+                one(name, Setting(given.tiny, given.full, Path(folder), tuple(given.only)), given.out)
     if given.out == OUT:
         from page import write_page
 
@@ -61,8 +68,12 @@ def one(name: str, setting: Setting, out: Path) -> None:
     except Unavailable as why:
         found = {key: unavailable(str(why), BOUNDS.get(key)) for key in keys}
     results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
-    write_json(out, {**results, "hardware": hardware(), **found})
-    print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
+    if setting.only and "methods" in found:
+        found["methods"] = {**results.get("methods", {}), **found["methods"]}
+    took = time.perf_counter() - began
+    measured = {**results.get("measured", {}), name: {**hardware(), "seconds": round(took)}}
+    write_json(out, {**results, "hardware": hardware(), "measured": measured, **found})
+    print(f"{name}: {took:.0f} s", flush=True)
     for key in BOUNDS:
         if key in found:
             each = found[key]
@@ -71,10 +82,14 @@ def one(name: str, setting: Setting, out: Path) -> None:
 
 
 def hardware() -> dict[str, Any]:
+    """What a measurement ran on. The last one's stands above the tables, each one's under `measured`."""
+    import subprocess
+
     import torch
 
     from fedkeel.loop import commit, processor
 
+    git = ["git", "status", "--porcelain", "src", "benchmarks/speed"]
     return {
         "processor": processor(),
         "machine": platform.machine(),
@@ -84,6 +99,7 @@ def hardware() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit(),
+        "changed": bool(subprocess.run(git, capture_output=True, cwd=HERE.parents[1]).stdout),  # since that commit
     }
 
 

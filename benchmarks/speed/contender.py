@@ -1,6 +1,7 @@
 """One contender of the speed benchmarks, as a process: see harness.py for what it says and hears.
 
     python benchmarks/speed/contender.py WORKLOAD bare|limit|limit_bf16|fedkeel [KEY=VALUE ...]
+    python benchmarks/speed/contender.py WORKLOAD limit METHOD          with what this method needs: see needs.py
 
 WORKLOAD is a name of workloads.py, with "tiny:" before it for as little of it as runs. Beside `go` fedkeel answers
 `count` (a round with its forward and backward passes counted) and `profile` (a round with its seconds by part).
@@ -49,8 +50,10 @@ def contender(work: Workload, kind: str, overrides: list[str]) -> Answers:
     if kind == "fedkeel":
         return fedkeel(work, overrides)
     import loops
+    from needs import NEEDS
 
-    one = loops.bare(work) if kind == "bare" else loops.limit(work, bf16=kind == "limit_bf16")
+    needs = NEEDS[overrides[0]] if overrides else None
+    one = loops.bare(work) if kind == "bare" else loops.limit(work, kind == "limit_bf16", needs)
     return {"go": lambda: {"steps": one()}}
 
 

@@ -72,10 +72,12 @@ class Contender:
         return self._answer()
 
     def round(self) -> Timing:
-        """One round."""
+        """One round. Raises Unavailable when it died or a client of it failed."""
         cpu, began = tree_seconds(self._process.pid), time.perf_counter()
         answer = self.ask("go")
         wall = time.perf_counter() - began
+        if answer.get("failed"):  # a round of fewer clients is another round
+            raise Unavailable(f"clients failed: {answer['failed'][0]['reason']}")
         return Timing(wall, tree_seconds(self._process.pid) - cpu, answer["steps"])
 
     def peak_mb(self) -> float:
@@ -179,7 +181,7 @@ class Race:
     def table(self) -> dict[str, dict[str, Any]]:
         """By contender: median seconds of a round, those of the first, and those to get ready."""
         found: dict[str, dict[str, Any]] = {name: {"why": why} for name, why in self.failed.items()}
-        for name in self.start_s:
+        for name in (name for name in self.start_s if name not in self.failed):
             mine = [each[name] for each in self.rounds]
             found[name] = {
                 "cpu_s": round(statistics.median(each.cpu for each in mine), 4),
@@ -212,8 +214,13 @@ def race(commands: Mapping[str, Sequence[str]], repetitions: int, last: str = ""
                 failed[name] = str(why)
                 running.pop(name, None)
         for _ in range(repetitions):
-            order = draw.sample(list(running), len(running))
-            done = {name: running[name].round() for name in order}
+            done: dict[str, Timing] = {}
+            for name in draw.sample(list(running), len(running)):
+                try:
+                    done[name] = running[name].round()
+                except Unavailable as why:  # the others go on
+                    failed[name] = str(why)
+                    running.pop(name)
             rounds.append({name: done[name] for name in running})
         peak_mb = {name: contender.peak_mb() for name, contender in running.items()}
         answers = {name: contender.ask(last) for name, contender in running.items()} if last else {}

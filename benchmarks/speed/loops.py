@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from needs import Need, Needs
 from torch import Tensor, nn
 from torch.nn import functional as F
 from workloads import EVALUATED, Workload, network, normalised
@@ -46,16 +47,18 @@ def bare(work: Workload) -> Round:
     return one_round
 
 
-def limit(work: Workload, bf16: bool = False) -> Round:
+def limit(work: Workload, bf16: bool = False, needs: Needs | None = None) -> Round:
     """The best bare loop: channels_last, parameters and gradients as views of one vector and one `add_` for the step,
-    images normalised ahead and gathered once an epoch; bf16: autocast."""
+    images normalised ahead and gathered once an epoch; bf16: autocast; needs: what is done beside FedAvg."""
     xs, ys, test_x, test_y = normalised(work)
     xs = [x.contiguous(memory_format=torch.channels_last) for x in xs]
     test_x = test_x.contiguous(memory_format=torch.channels_last)
     model, rng = network(work), torch.Generator().manual_seed(1)
-    params = flat(list(model.parameters()))
+    need = needs(model, work) if needs else Need(lambda x, y: F.cross_entropy(model(x), y))
+    trained = [*model.parameters(), *(need.own.parameters() if need.own else ())]
+    params = flat(trained)
     grad = torch.zeros_like(params)
-    for parameter, view in zip(model.parameters(), views(grad, list(model.parameters())), strict=True):
+    for parameter, view in zip(trained, views(grad, trained), strict=True):
         parameter.grad = view
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     world, statistics = params.clone(), [buffer.clone() for buffer in buffers]
@@ -75,7 +78,7 @@ def limit(work: Workload, bf16: bool = False) -> Round:
                 for xb, yb in zip(x.split(work.batch), y.split(work.batch), strict=True):
                     grad.zero_()
                     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                        loss = F.cross_entropy(model(xb), yb)
+                        loss = need.loss(xb, yb)
                     loss.backward()
                     params.add_(grad, alpha=-work.lr)
                     steps += 1
@@ -86,8 +89,10 @@ def limit(work: Workload, bf16: bool = False) -> Round:
         params.copy_(world)
         for buffer, value in zip(buffers, statistics, strict=True):
             buffer.copy_(value)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            evaluate(model, test_x, test_y)
+        need.server()
+        for _ in range(need.evaluated):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                evaluate(model, test_x, test_y)
         return steps
 
     return one_round

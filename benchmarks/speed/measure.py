@@ -33,7 +33,7 @@ BOUNDS = {
     "two_workers_wall": 0.66,
     "two_workers_cpu": 1.15,
 }
-BF16 = ("local.precision=bf16",)
+BF16 = ("local.precision=bfloat16",)
 TWO_WORKERS = ("runtime=pool", "workers=2")
 """Options of fedkeel that these measurements are about."""
 METHODS: dict[str, tuple[str, ...]] = {
@@ -52,11 +52,13 @@ NAMES = {"scaffold": "SCAFFOLD", "fedprox": "FedProx", "feddyn": "FedDyn"}
 
 @dataclass(frozen=True)
 class Setting:
-    """tiny: one repetition of next to nothing, to see that it works. full: whole rounds of W2. pools: a folder."""
+    """tiny: one repetition of next to nothing, to see that it works. full: whole rounds of W2. pools: a folder. only:
+    the methods that are measured, all where none is named."""
 
     tiny: bool
     full: bool
     pools: Path
+    only: tuple[str, ...] = ()
 
     def work(self, name: str) -> str:
         return f"tiny:{name}" if self.tiny else name
@@ -165,6 +167,8 @@ def methods(setting: Setting) -> dict[str, Any]:
 
     others = [name for name in registry.names("algorithms") if name not in (*NAMES, "fedavg")]
     groups = [(list(NAMES), 15), *((others[i : i + 4], 3) for i in range(0, len(others), 4))]
+    if setting.only:
+        groups = [(list(setting.only), 5)]
     found: dict[str, Any] = {}
     table: dict[str, Any] = {}
     for names, repetitions in groups:
@@ -178,6 +182,17 @@ def methods(setting: Setting) -> dict[str, Any]:
                 found[f"{NAMES[name]}_over_FedAvg"] = own
             table[name] = {"cpu": own, "options": METHODS.get(name, ()), **passes(together, name)}
     return found | {"methods": table}
+
+
+@measures("needed")
+def needed(setting: Setting) -> dict[str, Any]:
+    """What each method needs, by the best bare loop that does that and nothing else (needs.py) against the same loop
+    as it is for FedAvg; of the methods that are not here that is 1."""
+    from needs import NEEDS
+
+    work, names = setting.work("W1/10"), ("", *NEEDS)
+    found = race({name: ours(work, "limit", *filter(None, [name])) for name in names}, setting.times(5))
+    return {"needed": {name: found.ratio(name, "") for name in NEEDS}}
 
 
 def passes(together: Race, name: str) -> dict[str, float]:

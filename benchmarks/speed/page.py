@@ -65,12 +65,14 @@ def contenders(figures: Figures) -> str:
 
 def methods(figures: Figures) -> str:
     """Every method beside what its equations need."""
-    body = []
+    needed, body = figures.get("needed", {}), []
     for name, each in figures.get("methods", {}).items():
         cpu = each["cpu"]
         said = figure(cpu["value"]) if cpu["value"] is not None else cpu["why"]
-        body.append((name, said, figure(each.get("forward")), figure(each.get("backward")), " ".join(each["options"])))
-    return rows(("method", "CPU of a step", "forward", "backward", "options"), body)
+        need = figure(needed[name]["value"] if name in needed else 1)
+        ways = (figure(each.get("forward")), figure(each.get("backward")))
+        body.append((name, said, need, *ways, " ".join(each["options"])))
+    return rows(("method", "CPU of a step", "needed", "forward", "backward", "options"), body)
 
 
 def profile(figures: Figures) -> str:
@@ -98,8 +100,10 @@ def peers(figures: Figures) -> str:
     body = []
     for name, each in figures.get("peers", {}).items():
         said = figure(each["value"]) if each["value"] is not None else each["why"]
-        body.append((name, each.get("version", ""), said, " to ".join(map(figure, each.get("spread", [])))))
-    return rows(("peer", "version", "CPU / bare", "quartiles"), body)
+        seconds = (figure(each.get(key)) for key in ("cpu_s", "wall_s", "peak_mb"))
+        spread, load = " to ".join(map(figure, each.get("spread", []))), "-".join(map(str, each.get("load", [])))
+        body.append((name, each.get("version", ""), said, spread, *seconds, load))
+    return rows(("peer", "version", "CPU / bare", "quartiles", "CPU s", "wall s", "peak MB", "load"), body)
 
 
 TABLES: dict[str, Callable[[Figures], str]] = {

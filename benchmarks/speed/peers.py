@@ -2,8 +2,9 @@
 
     python benchmarks/speed/peers.py [NAME ...] [--keep FOLDER] [--workload W1|W0] [--rounds 10]
 
-The environments are made by pip in FOLDER (the user's cache unless it is named) and found again there. Not part of
-`make bench`: it needs a package registry. Flower's simulation runs its rounds by itself, so it is not in these turns.
+The environments are made by pip in FOLDER (the user's cache unless it is named) and found again there, made anew for
+other versions. Only the peers that are named are measured, fedkeel beside them; the figures of the others are kept.
+Writes benchmarks/results/speed.json and its page. Not part of `make bench`: it needs a package registry.
 """
 
 from __future__ import annotations
@@ -14,16 +15,28 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from harness import HERE, fedkeel, ours, race, unavailable
 
 TORCH = "torch==2.13.0"
+
+
+class Peer(NamedTuple):
+    """One library. adapter: its program in adapters/; package: what pip installs; words: after the workload."""
+
+    adapter: str
+    package: str
+    words: tuple[str, ...] = ()
+
+
 PEERS = {
-    "pfl-research": ("pfl_research.py", "pfl==0.6.0"),
-    "FedLab": ("fedlab_serial.py", "fedlab==1.3.0"),
+    "pfl-research": Peer("pfl_research.py", "pfl==0.6.0"),
+    "FedLab": Peer("fedlab_serial.py", "fedlab==1.3.0"),
+    "Flower-simulation": Peer("flower_simulation.py", "flwr[simulation]==1.41.0"),
+    "Flower-simulation-2": Peer("flower_simulation.py", "flwr[simulation]==1.41.0", ("2",)),
 }
-"""Adapter, and what pip installs."""
+"""Clients are trained one after another, but two at once in the last. This Flower brings ray 2.55.1."""
 OUT = HERE.parent / "results/speed.json"
 
 
@@ -42,14 +55,14 @@ def main() -> None:
     commands = {"bare": ours(given.workload, "bare"), "fedkeel": fedkeel(given.workload)}
     refused = {}
     for name in given.names or PEERS:
-        adapter, package = PEERS[name]
+        peer = PEERS[name]
         try:
-            python = installed(given.keep / name, package)
-            commands[name] = [str(python), str(HERE / "adapters" / adapter), given.workload]
+            python = installed(given.keep / Path(peer.adapter).stem, peer.package)
+            commands[name] = [str(python), str(HERE / "adapters" / peer.adapter), given.workload, *peer.words]
         except subprocess.CalledProcessError as error:
             refused[name] = f"does not install: {(error.stderr.strip().splitlines() or ['?'])[-1]}"
     found = race(commands, given.rounds)
-    versions = {name: {"version": package} for name, (_, package) in PEERS.items()}
+    versions = {name: {"version": peer.package} for name, peer in PEERS.items()}
     section: dict[str, Any] = {name: {**unavailable(why), **versions[name]} for name, why in refused.items()}
     for name in commands:
         if name != "bare":
@@ -58,16 +71,20 @@ def main() -> None:
     results = json.loads(given.out.read_text()) if given.out.exists() else {}
     write_json(given.out, {**results, "peers": {**results.get("peers", {}), **section}})
     print(json.dumps(section, indent=1))
+    if given.out == OUT:
+        from page import write_page
+
+        write_page(json.loads(OUT.read_text()))
 
 
 def installed(folder: Path, package: str) -> Path:
     """The Python of an environment with this package. Raises CalledProcessError when pip cannot make it."""
-    python = folder / "bin/python"
-    if not (folder / "done").exists():
+    python, done, wanted = folder / "bin/python", folder / "done", [TORCH, "numpy", package]
+    if not done.exists() or done.read_text().split() != wanted:
         venv.create(folder, with_pip=True, clear=True)
-        command = [str(python), "-m", "pip", "install", "--quiet", TORCH, "numpy", package]
+        command = [str(python), "-m", "pip", "install", "--quiet", *wanted]
         subprocess.run(command, check=True, capture_output=True, text=True)
-        (folder / "done").touch()
+        done.write_text(" ".join(wanted))
     return python
 
 

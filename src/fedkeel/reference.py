@@ -6,11 +6,13 @@ They are in evaluation mode, without gradient, and leave no trace in the network
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedkeel.local import in_mode
 from fedkeel.records import Local
+
+BODY = "features."
 
 
 def present(local: Local) -> Tensor:
@@ -36,17 +38,16 @@ def received(local: Local) -> Tensor:
 
 def features(local: Local, flat: Tensor, x: Tensor) -> Tensor:
     """[B, D] feature vectors of images `x` by the network of weights `flat` ([T])."""
-    return _part(local, "features", flat, x)
+    own = {e.name.removeprefix(BODY): e.view(flat) for e in local.layout.entries if e.name.startswith(BODY)}
+    return _out(local.model.features, own, x)
 
 
 def logits(local: Local, flat: Tensor, x: Tensor) -> Tensor:
     """[B, classes] logits of images `x` by the network of weights `flat` ([T])."""
-    return _part(local, "head", flat, features(local, flat, x))
+    return _out(local.model, local.layout.named(flat), x)
 
 
-def _part(local: Local, part: str, flat: Tensor, x: Tensor) -> Tensor:
-    module, named = local.model.get_submodule(part), local.layout.named(flat)
-    own = {name[len(part) + 1 :]: tensor for name, tensor in named.items() if name.startswith(f"{part}.")}
+def _out(module: nn.Module, named: dict[str, Tensor], x: Tensor) -> Tensor:
     with torch.no_grad(), in_mode(module, "eval"):
-        out: Tensor = functional_call(module, own, (x,))
+        out: Tensor = functional_call(module, named, (x,))
     return out

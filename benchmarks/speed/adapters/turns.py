@@ -14,10 +14,10 @@ _spoken = sys.stdout
 sys.stdout = sys.stderr  # what the library prints is not for the driver
 
 
-def workload() -> Workload:
-    """The one on the command line."""
-    word, _, name = sys.argv[1].rpartition(":")
-    return tiny(WORKLOADS[name]) if word else WORKLOADS[name]
+def workload(name: str = "") -> Workload:
+    """The one of that name, "tiny:" before it for as little of it as runs; else the one on the command line."""
+    word, _, rest = (name or sys.argv[1]).rpartition(":")
+    return tiny(WORKLOADS[rest]) if word else WORKLOADS[rest]
 
 
 def wait(answer: dict[str, object]) -> bool:

@@ -183,10 +183,12 @@ class DynaFed(Algorithm):
         weights.load(server.params, server.buffers, server.counters)
         lab.model.train()
         if self.recalibrate:
+            statistics = weights.layout.total > weights.layout.trained
             with torch.no_grad():
                 for _ in range(PASSES):
                     for rows in shuffled(len(images), self.tune_batch, rng):
-                        lab.model(images[rows])
+                        if statistics:  # else there is nothing to renew; what follows draws on from here all the same
+                            lab.model(images[rows])
         params = nn.Parameter(weights.params)  # the network's own memory, as one parameter
         params.grad = weights.grad[: len(params)]
         adam = torch.optim.Adam([params], lr=self.tune_lr)

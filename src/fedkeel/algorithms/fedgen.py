@@ -98,7 +98,8 @@ class FedGen(Algorithm):
             share = self.gen_batch / local.batch_size
             loss = loss + alpha * share * cross_entropy(head(self.generated(local, y)), y)
         if beta:
-            target = softmax(head(self.generated(local, batch.y)), dim=1).detach()
+            with torch.no_grad():
+                target = softmax(head(self.generated(local, batch.y)), dim=1)
             loss = loss + beta * kl_div(log_softmax(predicted, dim=1), target, reduction="batchmean")
         return loss
 

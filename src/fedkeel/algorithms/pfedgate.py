@@ -132,13 +132,11 @@ class Gated(Split):
 
     def _gated(self, part: str, factors: Tensor) -> dict[str, Tensor]:
         """The parameters of a part, each times its factors."""
-        named, place, gated = dict(self.named_parameters()), 0, {}
+        named, place, gated = dict(self.get_submodule(part).named_parameters()), 0, {}
         for name, blocks in self.blocks.items():
             if name.startswith(f"{part}."):
-                mine = factors[place : place + len(blocks)]
-                # equal blocks but for the last: expanded, not repeated by index, whose gradient on CUDA is not exact
-                spread = mine[:, None].expand(-1, blocks[0]).reshape(-1)[: sum(blocks)]
-                gated[name[len(part) + 1 :]] = times(named[name], spread)
+                own = name[len(part) + 1 :]
+                gated[own] = times(named[own], factors[place : place + len(blocks)], blocks[0])
             place += len(blocks)
         return gated
 
@@ -195,17 +193,21 @@ class SwitchNorm(nn.Module):
                 self.running_var.lerp_(batch, self.momentum)
         else:
             over_batch, batch = self.running_mean, self.running_var
-        a, b = self.mean_weight.softmax(0), self.var_weight.softmax(0)
+        a, b = (weight.softmax(0).unbind() for weight in (self.mean_weight, self.var_weight))
         centre = a[0] * mean + a[1] * over_layer + a[2] * over_batch
         var = (b[0] * (square - mean**2) + b[1] * layer + b[2] * batch).clamp(min=0)
         scale = self.weight / (var + self.eps).sqrt()
         return x * scale[:, :, None, None] + (self.bias - centre * scale)[:, :, None, None]
 
 
-def times(parameter: Tensor, factors: Tensor) -> Tensor:
-    """`parameter` with each element multiplied by its factor ([numel]), stored in the order of `weights`, which for
-    convolutions is channels last: another order would be convolved by other kernels, with other rounding."""
-    factors = factors.view(parameter.shape)
+def times(parameter: Tensor, factors: Tensor, each: int) -> Tensor:
+    """`parameter` with each block of `each` elements (the last of what is left) multiplied by its factor, stored in the
+    order of `weights`, which for convolutions is channels last: another order would be convolved by other kernels, with
+    other rounding."""
+    if parameter.dim() != 4 and parameter.numel() == len(factors) * each:
+        return (parameter.view(-1, each) * factors[:, None]).view(parameter.shape)
+    # expanded, not repeated by index, whose gradient on CUDA is not exact
+    factors = factors[:, None].expand(-1, each).reshape(-1)[: parameter.numel()].view(parameter.shape)
     if parameter.dim() != 4:
         return parameter * factors
     return (parameter.permute(0, 2, 3, 1) * factors.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
