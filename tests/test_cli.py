@@ -85,7 +85,7 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_does_not_import_torch() -> None:
     code = (
         "import sys; from fedkeel.cli import app; from typer.testing import CliRunner\n"
-        "for words in (['--help'], ['run', '--help'], ['--version'], []):\n"
+        "for words in (['--help'], ['run', '--help'], ['reproduce', '--help'], ['--version'], []):\n"
         "    assert CliRunner().invoke(app, words).exit_code == 0\n"
         "import fedkeel\n"
         "slow = {'torch', 'numpy', 'datasets', 'matplotlib', 'plotly', 'fedkeel.config'} & set(sys.modules)\n"
@@ -97,7 +97,9 @@ def test_help_does_not_import_torch() -> None:
 def test_version_and_help_of_every_command() -> None:
     assert done("--version").stdout == f"fedkeel {fedkeel.__version__}\n"
     text = done("--help").stdout
-    for command in ("demo", "run", "resume", "compare", "partition", "generate", "list", "show", "report", "doctor"):
+    for command in (
+        "demo", "run", "resume", "compare", "reproduce", "partition", "generate", "list", "show", "report", "doctor",
+    ):  # fmt: skip
         assert command in text
         assert "--help" in done(command, "--help").stdout
     assert "cifar10" in done("data", "get", "--help").stdout

@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,15 +19,17 @@ import typer
 from typer.core import TyperGroup
 
 from fedkeel.deploy.commands import app as deploy_app
-from fedkeel.errors import CheckpointError, ConfigError, FedkeelError, UserError, nearest
+from fedkeel.errors import CheckpointError, ConfigError, FedkeelError, RunError, UserError, nearest
 
 if TYPE_CHECKING:
     from click import Command, Context
+    from rich.console import Console as Terminal
     from rich.table import Table
 
     from fedkeel.catalogue import Thing
     from fedkeel.job import Job
     from fedkeel.record import Console
+    from fedkeel.reproduce.shown import Shown
 
 WIDE = 20
 """Classes up to which each has a column in the table of a partition."""
@@ -181,6 +183,67 @@ def compare(
     if not specs:
         raise ConfigError("--algorithms", algorithms, "name the methods to compare (fedkeel list algorithms)")
     _compare(load(config), specs, seeds, folder, keys or (), as_json, "the same command")
+
+
+@app.command(rich_help_panel="Run")
+def reproduce(
+    tables: Annotated[
+        list[str] | None, typer.Argument(metavar="[TABLE...]", help="Such as fbl-t1.", show_default="lists them")
+    ] = None,
+    profile: Annotated[str, typer.Option(metavar="NAME", help="paper, reduced or smoke.")] = "reduced",
+    rows: Annotated[str, typer.Option(metavar="A,B,...", help="Only these rows.", show_default="all")] = "",
+    columns: Annotated[str, typer.Option(metavar="A,B,...", help="Only these columns.", show_default="all")] = "",
+    seeds: Annotated[str, typer.Option(metavar="1,2,...", help="Only these.", show_default="the profile's")] = "",
+    data: Annotated[
+        Path | None, typer.Option(envvar="FEDKEEL_DATA", help="The folder above the data sets' folders.")
+    ] = None,
+    folder: Annotated[Path, typer.Option("--dir", help="Where cells are kept.")] = Path("runs/reproduce"),
+    pools: Annotated[
+        Path | None, typer.Option(help="Where synthetic images are kept.", show_default="the cache folder")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Cells at once, a process of one thread each.")] = 1,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep checkpoints and client states of runs.")] = False,
+    show_only: Annotated[bool, typer.Option("--show", help="Run nothing: show what is there.")] = False,
+    form: Annotated[str, typer.Option("--format", metavar="NAME", help="text, markdown or html.")] = "text",
+    as_json: AsJson = False,
+) -> None:
+    """A table of the two papers, our numbers beside the printed ones; goes on where it stopped, cell by cell.
+
+    fedkeel reproduce fbl-t3 --data data --workers 2 --rows m1,m7 --seeds 1
+
+    Without TABLE: which tables there are. Only the profile paper may be compared with the printed numbers.
+    """
+    _quiet()
+    from fedkeel.reproduce import command
+    from fedkeel.reproduce.cells import read
+    from fedkeel.reproduce.cells import reproduce as run_cells
+    from fedkeel.reproduce.shown import as_json as values
+
+    if form not in command.FORMATS:
+        raise ConfigError(
+            "--format", form, f"must be one of {', '.join(command.FORMATS)}", nearest(form, command.FORMATS)
+        )
+    if not tables:
+        found = command.overview(folder)
+        return _json(found) if as_json else _show(_overview(found))
+    planned = command.plan(tables, profile, _words(rows), _words(columns), _numbers("--seeds", seeds))
+    if show_only:
+        outcomes = [read(cell, folder) for cell in planned]
+    else:
+        with _stoppable("the same command"):
+            progress = command.Progress(planned, _say)
+            outcomes = run_cells(planned, folder, data=data, pools=pools, workers=workers, keep=keep, tell=progress)
+    with _stoppable("the same command"):  # a picture may need images that are not made yet
+        shown = command.publish(tables, profile, outcomes, folder, data, pools, make=not show_only)
+    if as_json:
+        _json([values(each) for each in shown])
+    else:
+        for each in shown:
+            _show_table(each, form)
+            _say(f"table: {folder / profile / each.name / 'table.html'}")
+    failed = [f"{each.cell.table} {each.cell.name}: {each.error}" for each in outcomes if each.fresh and each.error]
+    if failed:
+        raise RunError(f"{len(failed)} of {len(planned)} cells failed: {'; '.join(failed)}")
 
 
 # look ahead -----------------------------------------------------------------------------------------------------------
@@ -504,6 +567,53 @@ def _compare(
         typer.echo(f"report: {done.report}")
 
 
+def _overview(found: Sequence[Mapping[str, Any]]) -> Table:
+    """The tables that can be reproduced."""
+    profiles = list(found[0]["cells"])
+
+    def count(cells: Mapping[str, int]) -> str:
+        return "/".join(str(cells[name]) for name in ("done", "cells") if cells[name]) or "–"
+
+    lines = [
+        (each["name"], *(count(each["cells"][name]) for name in profiles), f"{each['title']} ({each['paper']})")
+        for each in found
+    ]
+    return _table(("Table", *profiles, ""), lines, "Cells by profile; done/all where any are done.")
+
+
+def _show_table(shown: Shown, form: str) -> None:
+    """A table of a paper on stdout."""
+    from fedkeel.reproduce.shown import LEGEND, as_html, as_markdown, as_text, below
+
+    if form != "text":
+        typer.echo((as_html if form == "html" else as_markdown)(shown))
+        return
+    console = _console()
+    typer.echo(f"{shown.title}\n{shown.paper}\n" + (f"\n{shown.warning}\n" if shown.warning else ""))
+    for table in as_text(shown, console.width) if shown.rows else ():
+        console.print(table)
+    if shown.rows:
+        typer.echo(LEGEND)
+    for heading, lines in below(shown):
+        typer.echo(f"{heading}:")
+        for line in lines:
+            typer.echo(f"  {line}")
+    typer.echo("")
+
+
+def _words(text: str) -> list[str]:
+    """The words of an option such as a,b."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(key: str, text: str) -> list[int]:
+    """The numbers of an option such as 1,2."""
+    for word in _words(text):
+        if not word.isdecimal():
+            raise ConfigError(key, word, "must be whole numbers, such as 1,2,3")
+    return [int(word) for word in _words(text)]
+
+
 def _inspect(job: Job, console: Console, folder: Path, images: int, client: int | None, as_json: bool) -> None:
     """The quality of a generator's images; exits with 1 when a class fails."""
     from fedkeel.generators.quality import inspect
@@ -651,12 +761,14 @@ def _table(heads: Sequence[str], lines: Sequence[Sequence[str]], caption: str = 
 
 
 def _show(table: Table) -> None:
+    _console().print(table)
+
+
+def _console() -> Terminal:
     from rich.console import Console
 
     console = Console()
-    if not console.is_terminal:  # a pipe has no width: what reads it wants a row in one line
-        console = Console(width=200)
-    console.print(table)
+    return console if console.is_terminal else Console(width=200)  # a pipe has no width: a row in one line is wanted
 
 
 def _factor(value: float) -> str:

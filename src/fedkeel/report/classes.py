@@ -78,11 +78,17 @@ def change(run: Finished, client: int, number: int | None = None) -> Change:
         entry = mine[number]
         before, after = tuple(entry["before"]), tuple(entry["after"])
         return Change(run.title, client, number, True, run.classes, held, before, after)
+    return measured(run, client)
+
+
+def measured(run: Finished, client: int) -> Change:
+    """What the local update does with which the client would answer the final model."""
+    held = tuple(run.held(client).tolist())
     seen: list[tuple[float | None, ...]] = []
 
     def measure(model: Split) -> None:
-        measured = run.job.measure(model)
-        seen.append(tuple(measured.get(f"class/{name}") for name in run.classes))
+        found = run.job.measure(model)
+        seen.append(tuple(found.get(f"class/{name}") for name in run.classes))
 
     run.update(client, measure)
     before, after = seen
@@ -93,7 +99,7 @@ def draw(changes: Sequence[Change]) -> Figure:
     """Grouped bars of each class, a panel for each update; below a class's name how many samples the client holds."""
     classes = changes[0].classes
     many = len(classes) > MANY
-    wide = min(max(0.75 * len(classes), 7.5), 10.5) if not many else min(0.16 * len(classes) + 1.5, 24)
+    wide = min(max(0.9 * len(classes), 7.5), 10.5) if not many else min(0.16 * len(classes) + 1.5, 24)
     figure, each = paper(wide, 2.7 * len(changes) + (1.1 if many else 0.5), len(changes))
     for axes, one in zip(each, changes, strict=True):
         for shift, values, face, name in ((-0.2, one.before, BEFORE, "before"), (0.2, one.after, AFTER, "after")):
@@ -111,12 +117,12 @@ def draw(changes: Sequence[Change]) -> Figure:
         axes.grid(axis="y", color=FAINT, lw=0.8)
         when = f"round {one.round}" if one.recorded else f"after the last round, {one.round - 1}"
         heading(axes, f"{one.title}: client {one.client}, {when}")
-        names = [words(shorten(name, 14)) for name in classes]
+        names = [words(shorten(name, 12)) for name in classes]
         if many:
             axes.set_xticks(range(len(classes)), names, fontsize=6.5, rotation=90)
         else:
             held = [f"{count:,} held" if count else "missing" for count in one.held]
-            axes.set_xticks(range(len(classes)), [f"{a}\n{b}" for a, b in zip(names, held, strict=True)], fontsize=8)
+            axes.set_xticks(range(len(classes)), [f"{a}\n{b}" for a, b in zip(names, held, strict=True)], fontsize=7.5)
         for tick, count in zip(axes.get_xticklabels(), one.held, strict=True):
             tick.set_color(INK if count else "#B00020")
     figure.legend(

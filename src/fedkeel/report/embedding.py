@@ -1,10 +1,12 @@
-"""Feature vectors in two dimensions: t-SNE pictures of what a local update does, and of real and synthetic images.
+"""Feature vectors in two dimensions: t-SNE pictures of what a local update does, of real and synthetic images, and of
+what class offsets do to these.
 
-Yao: Recovering Global Data Distribution Locally in Federated Learning. 2024, arXiv 2409.14063, Figs. 4 and 6. The
+Yao: Recovering Global Data Distribution Locally in Federated Learning. 2024, arXiv 2409.14063, Figs. 4 and 6. Li, Xu et
+al.: Federated Balanced Learning. 2026, arXiv 2601.14042, Fig. 4a. The
 projection is scikit-learn's (van der Maaten and Hinton, "Visualizing Data using t-SNE", JMLR 9, 2008), with a seed of
 its own and started from the first two principal components. A picture proves little, so each comes with numbers taken
 in the features themselves: the silhouette of held and of missing classes for Fig. 4, the squared MMD to the real images
-for Fig. 6 (generators/quality.py says which).
+for Fig. 6 (generators/quality.py says which), the distance of class means for Fig. 4a.
 """
 
 from __future__ import annotations
@@ -146,6 +148,68 @@ def image_cloud(title: str, groups: Mapping[str, tuple[Tensor, Tensor]], encode:
     return Cloud(title, tsne(torch.cat(x)), labels, kinds, names, scores)
 
 
+ALIGNED = 3
+"""Classes in a picture of offsets."""
+
+
+def aligned_cloud(run: Finished, client: int, each: int = 40) -> tuple[Cloud, dict[int, tuple[float, float]]]:
+    """A client's real images of classes that it fills, its synthetic ones, and these with their class's offset, in the
+    features of the network after a local update (FBL, Fig. 4a); and `distances` of each class, whose means are the
+    scores.
+
+    Shown are the ALIGNED classes of which the client has most of both, at least two. Raises DataError for a method
+    without offsets, and where there is no such class.
+    """
+    job = run.job
+    counts = torch.minimum(run.held(client), job.plan.fake[client])
+    labels = [c for c in torch.argsort(counts, descending=True, stable=True)[:ALIGNED].tolist() if counts[c] > 1]
+    if not labels:
+        raise DataError(f"client {client} has no two real and two synthetic images of one class")
+    own = job.samples(client)
+    rows = torch.cat([torch.nonzero(own.y == c)[:each, 0] for c in sorted(labels)])
+    wanted = torch.zeros_like(counts)
+    wanted[labels] = job.plan.fake[client][labels].clamp(max=each)
+    made = job.images(client, wanted, 0)
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def measure(model: Split) -> None:
+        offset = getattr(model, "offset", None)
+        if offset is None:
+            raise DataError(f"{run.label} has no class offsets")
+        encode = encoder(run, model)
+        seen.append((encode(own.x[rows]), encode(made.x), offset.weight.detach().cpu()[made.y].clone()))
+
+    run.update(client, measure)
+    real, fake, shift = seen[-1]
+    apart = distances(real, own.y[rows], fake, made.y, shift)
+    names = ("real", "synthetic", "with offset")
+    means = np.mean(list(apart.values()), axis=0)
+    kinds = np.repeat(np.arange(3), [len(real), len(fake), len(fake)])
+    cloud = Cloud(
+        f"{run.title}: client {client}\nafter a local update",
+        tsne(torch.cat([real, fake, fake + shift])),
+        torch.cat([own.y[rows], made.y, made.y]).numpy(),
+        kinds,
+        names,
+        {f"distance/{name}": float(mean) for name, mean in zip(names[1:], means, strict=True)},
+    )
+    return cloud, apart
+
+
+def distances(
+    real: Tensor, real_y: Tensor, fake: Tensor, fake_y: Tensor, shift: Tensor
+) -> dict[int, tuple[float, float]]:
+    """By class, the Euclidean distance of the mean of its synthetic features to that of its real ones, without and with
+    their offsets, over the root mean square length of the real ones. real: [m, D]; fake, shift: [n, D]."""
+    scale = real.square().sum(1).mean().sqrt().clamp(min=1e-12)
+    out = {}
+    for c in sorted(set(real_y.tolist()) & set(fake_y.tolist())):
+        here, there = real_y == c, fake_y == c
+        gap = real[here].mean(0) - fake[there].mean(0)
+        out[c] = (float(gap.norm() / scale), float((gap - shift[there].mean(0)).norm() / scale))
+    return out
+
+
 def encoder(run: Finished, model: Split) -> Encode:
     """The feature vectors that the head of this network sees, in evaluation mode."""
 
@@ -199,7 +263,7 @@ def _mark(kind: int, face: str) -> dict[str, Any]:
 def _said(cloud: Cloud) -> str:
     """The scores in a line."""
     shown = [f"{name.partition('/')[2]} {value:.2f}" for name, value in cloud.scores.items() if value is not None]
-    heads = {"silhouette": "Silhouette", "mmd2": "MMD² to real"}
+    heads = {"silhouette": "Silhouette", "mmd2": "MMD² to real", "distance": "Distance of class means to real"}
     room = next(iter(cloud.scores), "").partition("/")[0]
     return f"{heads[room]}: {', '.join(shown)}" if shown else ""
 

@@ -110,7 +110,7 @@ def _figures(runs: Mapping[str, Finished], asked: Asked) -> Iterator[tuple[str, 
         return
     making = [(key, run) for key, run in runs.items() if pools(run, asked.client)]
     for key, run in making if "tsne" in asked.what else ():
-        cloud = _images(run, asked)
+        cloud = images(run, asked.client, asked.each, asked.clip)
         if cloud is not None:
             yield f"tsne-images-{key}", embedding.draw([cloud], run.classes), {**where[key], **cloud.as_json()}
     for key, run in making if "sheets" in asked.what else ():
@@ -146,25 +146,26 @@ def pools(run: Finished, client: int) -> dict[str, tuple[Pool, int]]:
     return found | ({"adapted": (job.images.of(maker), lane)} if job.adapts(maker) else {})
 
 
-def _images(run: Finished, asked: Asked) -> embedding.Cloud | None:
-    """Real images of a client beside as many synthetic ones of the same classes, of those it holds two or more of."""
-    held, own = run.held(asked.client), run.job.samples(asked.client)
+def images(run: Finished, client: int, each: int = 40, clip: str | None = None) -> embedding.Cloud | None:
+    """Real images of a client beside as many synthetic ones of the same classes, of those it holds two or more of; None
+    with fewer than three. clip: as in `Asked`."""
+    held, own = run.held(client), run.job.samples(client)
     largest = torch.argsort(held, descending=True, stable=True)[: embedding.MOST].tolist()
     labels = sorted(c for c in largest if held[c] > 1)
-    counts = {c: min(asked.each, int(held[c])) for c in labels}
+    counts = {c: min(each, int(held[c])) for c in labels}
     if sum(counts.values()) < 3:
         return None
     rows = torch.cat([torch.nonzero(own.y == c)[:n, 0] for c, n in counts.items()])
     groups = {"real": (own.x[rows], own.y[rows])}
-    for name, (pool, lane) in pools(run, asked.client).items():
+    for name, (pool, lane) in pools(run, client).items():
         x = torch.cat([pool.take(c, lane, n) for c, n in counts.items()])
         groups[name] = (x, own.y[rows])
-    encode, by = embedding.encoder(run, run.model(asked.client)), "features of the run's network"
-    if asked.clip is not None:
+    encode, by = embedding.encoder(run, run.model(client)), "features of the run's network"
+    if clip is not None:
         from fedkeel.generators.condition import Encoder, find
 
-        encode, by = Encoder(find(asked.clip, False, "clip"), run.job.device), "CLIP features"
-    return embedding.image_cloud(f"{run.title}: client {asked.client}\n{by}", groups, encode)
+        encode, by = Encoder(find(clip, False, "clip"), run.job.device), "CLIP features"
+    return embedding.image_cloud(f"{run.title}: client {client}\n{by}", groups, encode)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,384 @@
+"""The runs of a table, cell by cell: what is done is read, what was stopped goes on, what changed is run anew.
+
+    <folder>/<profile>/<table>/<row>--<column>--seed<n>.json    one cell: what it came to, and what it was made with
+    <folder>/<profile>/<table>/runs/<the same>-<key>/           its run, as `fedkeel run` leaves it
+
+A cell has the key of its configuration. A JSON file with another key than the table asks for now is stale: it is shown
+as such, counts for nothing, and is replaced when the cell is run again. Cells of several tables that have one key are
+one run. A cell that failed leaves failed.json in its run's folder, with the reason, until it succeeds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from fedkeel.config import Config
+from fedkeel.data.dataset import Dataset
+from fedkeel.errors import FedkeelError, RunError
+from fedkeel.files import locked, write, write_json
+from fedkeel.loop import HEADLINE, Result, run
+from fedkeel.record import Record, Silent
+from fedkeel.reproduce.tables import Cell, experiment
+
+HELD = 2
+"""Data sets that a worker keeps in memory."""
+KEPT = ("global/", "local_before/", "local_after/", "personal/", "train/loss")
+"""Metrics whose curves are kept, but for classes and clients."""
+SO_FAR = "personal/"
+"""These look back over all rounds: the headline is the last value."""
+PATIENCE = 3
+"""How often workers may die without that a cell is done in between."""
+FAILED = "failed.json"
+SPENT = "cpu_seconds"
+"""Files in a run's folder, until its cell is done."""
+
+Tell = Callable[["Outcome"], None]
+"""Called as cells are done."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A cell and what its JSON file says; None where there is none. error: why it failed when it was run last. fresh:
+    it came to be just now."""
+
+    cell: Cell
+    found: Mapping[str, Any] | None
+    error: str = ""
+    fresh: bool = False
+
+    @property
+    def state(self) -> str:
+        """done, stale, failed or missing."""
+        if self.error:
+            return "failed"
+        if self.found is None:
+            return "missing"
+        return "done" if self.found["key"] == self.cell.key else "stale"
+
+    def headline(self) -> float | None:
+        """The row's metric, in [0, 1]; None where it is not done."""
+        if self.state != "done" or self.found is None:
+            return None
+        value: float | None = self.found["headline"].get(self.cell.row.metric)
+        return value
+
+
+def path_of(cell: Cell, folder: Path) -> Path:
+    """The cell's JSON file."""
+    return folder / cell.profile / cell.table / f"{cell.name}.json"
+
+
+def read(cell: Cell, folder: Path) -> Outcome:
+    """What there is of a cell. Raises RunError for a file that is no such."""
+    path = path_of(cell, folder)
+    found = None
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text())
+            assert isinstance(found["key"], str)
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            raise RunError(
+                f"{path} cannot be read ({type(error).__name__}): remove it, and its cell is run again"
+            ) from None
+    failed = _place(cell, folder) / FAILED
+    if (found is None or found["key"] != cell.key) and failed.is_file():
+        return Outcome(cell, found, str(json.loads(failed.read_text())["error"]))
+    return Outcome(cell, found)
+
+
+def reproduce(
+    planned: Sequence[Cell],
+    folder: Path,
+    *,
+    data: Path | None = None,
+    pools: Path | None = None,
+    workers: int = 1,
+    keep: bool = False,
+    tell: Tell = lambda _: None,
+) -> list[Outcome]:
+    """Runs the cells that are not done, and returns all in their order.
+
+    data: folder above the data sets' folders. pools: where synthetic images are kept; None: as configured. workers:
+    processes of one thread each. keep: leaves checkpoints and client states in the runs' folders, which take most of
+    the space and which pictures of a run need; a table's own pictures keep theirs anyway. tell: called for each cell
+    that was done before, then for each as it is done. A cell that fails does not stop the others.
+
+    Raises UserError before anything runs, for data that is not there; RunError when another process is at it.
+    """
+    planned = list({path_of(cell, folder): cell for cell in planned}.values())
+    outcomes = {path_of(cell, folder): read(cell, folder) for cell in planned}
+    for cell in planned:
+        if outcomes[path_of(cell, folder)].state != "done":
+            cell.placed(data, folder, pools)
+    if any(outcome.state != "done" for outcome in outcomes.values()):
+        with locked(folder, RunError(f"another process works in {folder}: wait for it, or choose another --dir")):
+            outcomes = {path_of(cell, folder): read(cell, folder) for cell in planned}  # it may have done some
+            for outcome in [each for each in outcomes.values() if each.state == "done"]:
+                tell(outcome)
+            data = data and data.absolute()  # a run that was stopped goes on with data at the same path only
+            open_ = [outcome.cell for outcome in outcomes.values() if outcome.state != "done"]
+            for cell, error in _results(open_, folder, data, pools, workers, keep):
+                outcome = Outcome(cell, read(cell, folder).found, error, fresh=True)
+                outcomes[path_of(cell, folder)] = outcome
+                tell(outcome)
+    else:
+        for outcome in outcomes.values():
+            tell(outcome)
+    return list(outcomes.values())
+
+
+def _results(
+    cells: Sequence[Cell], folder: Path, data: Path | None, pools: Path | None, workers: int, keep: bool
+) -> Iterator[tuple[Cell, str]]:
+    """Each cell once it is done, with why it failed; one run for all cells of a key."""
+    known = _known(folder)
+    alike: dict[str, list[Cell]] = {}
+    for cell in cells:
+        alike.setdefault(cell.key, []).append(cell)
+    for key in list(alike):
+        # a picture needs what other runs do not keep
+        if key in known and (_whole(known[key], key) or not any(map(pictured, alike[key]))):
+            for cell in alike.pop(key):
+                _copy(known[key], cell, folder)
+                yield cell, ""
+    for group in alike.values():
+        group.sort(key=pictured, reverse=True)
+    for key, error in _runs({key: group[0] for key, group in alike.items()}, folder, data, pools, workers, keep):
+        first, *others = alike[key]
+        yield first, error
+        for cell in others:
+            if not error:
+                _copy(path_of(first, folder), cell, folder)
+            yield cell, error
+
+
+def _runs(
+    tasks: Mapping[str, Cell], folder: Path, data: Path | None, pools: Path | None, workers: int, keep: bool
+) -> Iterator[tuple[str, str]]:
+    """Runs cells, by their keys; each key once it is done, with why it failed. A worker that is killed takes nothing
+    with it but the round it was in: another one goes on."""
+    if workers == 1:
+        for key, cell in tasks.items():
+            yield key, _one(cell, folder, data, pools, keep)
+        return
+    left, patience = dict(tasks), PATIENCE
+    while left:
+        crew = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin)
+        try:
+            waiting = {crew.submit(_one, cell, folder, data, pools, keep): key for key, cell in left.items()}
+            for future in as_completed(waiting):
+                error = future.result()
+                patience = PATIENCE
+                del left[waiting[future]]
+                yield waiting[future], error
+        except BrokenProcessPool:
+            patience -= 1
+            if not patience:
+                raise RunError(
+                    f"workers died {PATIENCE} times in a row (out of memory?): the same command goes on, with fewer "
+                    "--workers"
+                ) from None
+        finally:
+            processes = list((crew._processes or {}).values())  # shutdown forgets them
+            crew.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.join()
+
+
+def _begin() -> None:
+    """In a worker: one thread, Ctrl-C is the parent's business, and no life without it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _place(cell: Cell, folder: Path) -> Path:
+    """The folder of a cell's own run."""
+    return folder / cell.profile / cell.table / "runs" / f"{cell.name}-{cell.key[:8]}"
+
+
+def _one(cell: Cell, folder: Path, data: Path | None, pools: Path | None, keep: bool) -> str:
+    """Runs a cell and writes its JSON file; returns why it failed, or nothing."""
+    place = _place(cell, folder)
+    config = cell.placed(data, place, pools)
+    spent = _Spent(place / SPENT)
+    try:
+        result = run(config, data=loaded(config), folder=place, listener=spent, resume=True, label=cell.row.label)
+    except Exception as error:  # one cell's failure is a gap in a table, not the end of the others
+        text = str(error) if isinstance(error, FedkeelError) else f"{type(error).__name__}: {error}"
+        write_json(place / FAILED, {"error": text, "trace": traceback.format_exc()})
+        return text
+    _write(path_of(cell, folder), _came_to(cell, result, spent.seconds()))
+    for name in (FAILED, SPENT):
+        (place / name).unlink(missing_ok=True)
+    if not (keep or pictured(cell)):
+        for name in ("checkpoint", "clients", "shelf"):
+            shutil.rmtree(place / name, ignore_errors=True)
+    return ""
+
+
+class _Spent(Silent):
+    """CPU seconds of a run, with those before it was stopped: kept in its folder round by round."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.before = float(path.read_text()) if path.is_file() else 0.0
+        self.began = time.process_time()
+
+    def seconds(self) -> float:
+        return self.before + time.process_time() - self.began
+
+    def finished_round(self, record: Record) -> None:
+        write(self.path, f"{self.seconds():.2f}\n".encode())
+
+
+def pictured(cell: Cell) -> bool:
+    """Whether a picture of the table is drawn from this cell's run."""
+    asked = experiment(cell.table).pictures
+    return any(
+        cell.column.key == one.get("column") and cell.row.key in one["rows"] and cell.seed == one.get("seed", 1)  # type: ignore[operator]
+        for one in asked
+    )
+
+
+def run_of(cell: Cell, folder: Path) -> Path:
+    """The folder of the run that a cell stands on, which may be another table's."""
+    found = read(cell, folder).found or {}
+    if "same_as" not in found:
+        return _place(cell, folder)
+    profile, table, name = str(found["same_as"]).split("/")
+    return folder / profile / table / "runs" / f"{name}-{cell.key[:8]}"
+
+
+def _came_to(cell: Cell, result: Result, cpu: float) -> dict[str, Any]:
+    """What is kept of a run: enough for any table, and to make it again."""
+    assert result.folder is not None
+    manifest = json.loads((result.folder / "manifest.json").read_text())
+    rounds = result.rounds
+    names = sorted({name for each in rounds for name, value in each.items() if _shown(name, value)})
+    curves = {name: [_short(each.get(name)) for each in rounds] for name in names}
+    series = {name: [value for value in curve if value is not None] for name, curve in curves.items()}
+    series = {name: values for name, values in series.items() if values}
+    tail = {name: 1 if name.startswith(SO_FAR) else HEADLINE for name in series}
+    generator = manifest.get("generator") or {}
+    protocol = experiment(cell.table).protocol(cell.profile)
+    classes = sorted({name for each in rounds for name in each if name.startswith("global/class/")})
+    return {
+        "table": cell.table,
+        "profile": cell.profile,
+        "row": cell.row.key,
+        "column": cell.column.key,
+        "seed": cell.seed,
+        "key": cell.key,
+        "method": cell.row.method,
+        "headline": {name: _short(fmean(values[-tail[name] :])) for name, values in series.items()},
+        "best": {
+            name: min(values) if name.endswith("/loss") else max(values)
+            for name, values in series.items()
+            if name != "train/loss"
+        },
+        "last": {name: values[-1] for name, values in series.items()},
+        "classes": {
+            name.removeprefix("global/class/"): _short(fmean(values))
+            for name in classes
+            if (values := [each[name] for each in rounds if each.get(name) is not None][-HEADLINE:])
+        },
+        "rounds": curves,
+        "failed": sum(len(each.get("failed", ())) for each in rounds),
+        "steps": sum(each.get("train/steps", 0) for each in rounds),
+        "bytes": {way: sum(each.get(f"bytes/{way}", 0) for each in rounds) for way in ("up", "down")},
+        "seconds": round(sum(v for each in rounds for name, v in each.items() if name.startswith("seconds/")), 1),
+        "cpu_seconds": round(cpu, 1),
+        "departures": [*protocol.departures, *filter(None, [cell.row.note, cell.column.note])],
+        "generator": {part: generator[part] for part in ("name", "fingerprint") if part in generator} or None,
+        "partition": manifest["partition"],
+        "data": manifest["data"],
+        "versions": manifest["versions"],
+        "commit": manifest["commit"],
+        "hardware": manifest["hardware"],
+        "started": manifest["started"],
+        "config": cell.config.table(),
+    }
+
+
+def _shown(name: str, value: object) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and name.startswith(KEPT) and not name.startswith("global/class/")
+
+
+def _short(value: object) -> float | None:
+    """Five digits are more than any test set tells apart."""
+    return round(float(value), 5) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _known(folder: Path) -> dict[str, Path]:
+    """Files of cells that are done, by their keys; where there are several, one whose run has kept all."""
+    out: dict[str, Path] = {}
+    for path in sorted(folder.glob("*/*/*--*--seed*.json")):
+        try:
+            found = json.loads(path.read_text())
+            key = str(found["key"])
+            if "same_as" not in found and not (key in out and _whole(out[key], key)):
+                out[key] = path
+        except (ValueError, KeyError, TypeError):
+            continue
+    return out
+
+
+def _whole(path: Path, key: str) -> bool:
+    """Whether the run of a cell's file is there with its checkpoint."""
+    return (path.parent / "runs" / f"{path.stem}-{key[:8]}" / "checkpoint").is_dir()
+
+
+def _copy(path: Path, cell: Cell, folder: Path) -> None:
+    """The same run as a cell of another table or profile."""
+    found = json.loads(path.read_text())
+    own = {"table": cell.table, "profile": cell.profile, "row": cell.row.key, "column": cell.column.key}
+    protocol = experiment(cell.table).protocol(cell.profile)
+    found["departures"] = [*protocol.departures, *filter(None, [cell.row.note, cell.column.note])]
+    same = f"{path.parent.parent.name}/{path.parent.name}/{path.stem}"
+    _write(path_of(cell, folder), {**found, **own, "same_as": same})
+
+
+def _write(path: Path, found: Mapping[str, Any]) -> None:
+    """A line a key: curves stay on one."""
+    lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in found.items())
+    write(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+
+def loaded(config: Config) -> Dataset:
+    """The data of a configuration, held in memory for the next call."""
+    return _loaded(config.data)
+
+
+@lru_cache(HELD)
+def _loaded(source: Any) -> Dataset:
+    loaded: Dataset = source.load()
+    return loaded

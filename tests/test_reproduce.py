@@ -1,0 +1,698 @@
+"""The papers' tables: which cells are run, what is kept of them, how they are shown beside the printed numbers."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from fedkeel import cli
+from fedkeel.config import load, parse
+from fedkeel.errors import ConfigError, RunError
+from fedkeel.files import locked
+from fedkeel.reproduce import cells, command, shown, tables
+from fedkeel.reproduce.cells import Outcome, path_of, read, reproduce
+from fedkeel.reproduce.tables import Cell, experiment
+
+BASE = {
+    "rounds": 2,
+    "clients": 3,
+    "participation": 1.0,
+    "device": "cpu",
+    "data": {"name": "fashion", "train_limit": 60, "test_limit": 20},
+    "partition": {"name": "iid"},
+    "model": {"name": "mlp", "hidden": [4]},
+    "local": {"epochs": 1, "batch": 16, "lr": 0.05},
+}
+TINY: dict[str, Any] = {
+    "title": "Tiny <table>",
+    "paper": "Nobody, Table 1",
+    "family": "tiny",
+    "columns": {
+        "a": {"label": "A", "data": "some", "set": {"partition": {"name": "iid"}}},
+        "b": {"label": "B", "data": "some", "set": {"local": {"epochs": 2}}, "note": "twice the epochs"},
+    },
+    "rows": {
+        "avg": {"label": "FedAvg", "method": "fedavg"},
+        "prox": {"label": "FedProx", "method": "fedprox"},
+        "own": {"label": "Control", "method": "fedavg", "set": {"local": {"momentum": 0.5}}, "note": "a control"},
+    },
+    "printed": {"avg": {"a": [50.5, 1.25], "b": [60.0]}, "prox": {"a": [40.0, 0.5], "b": [70.0]}},
+    "marks": {"prox.b": "above the bound"},
+    "notes": ["alpha is inferred"],
+}
+PROTOCOLS = {
+    "families": {
+        "tiny": {
+            "paper": {"base": "base", "seeds": [1, 2], "departures": []},
+            "reduced": {"base": "base", "seeds": [1, 2], "departures": ["a small network"]},
+            "smoke": {"base": "base", "seeds": [1], "departures": ["numbers mean nothing"], "rates": {"prox": 0.1}},
+        }
+    },
+    "data": {"some": {profile: {} for profile in tables.PROFILES}},
+}
+
+Files = dict[str, dict[str, Any]]
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[Files]:
+    """Small tables in place of the package's: a run takes a tenth of a second. A test may change them, and then calls
+    `anew`."""
+    found: Files = {"base": BASE, "protocols": PROTOCOLS, "tiny": TINY}
+    monkeypatch.setattr(tables, "_files", lambda: found)
+    anew()
+    yield found
+    anew()
+
+
+def anew() -> None:
+    """Tables are read again."""
+    tables.experiment.cache_clear()
+    tables.protocols.cache_clear()
+
+
+def plan(rows: Sequence[str] = (), columns: Sequence[str] = (), seeds: Sequence[int] = (), *names: str) -> list[Cell]:
+    return command.plan(names or ["tiny"], "smoke", rows, columns, seeds)
+
+
+def fedkeel_(*words: str | Path) -> Result:
+    return CliRunner().invoke(cli.app, [str(word) for word in ("reproduce", *words)], prog_name="fedkeel")
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the runs that are begun."""
+    names: list[str] = []
+    run = cells.run
+
+    def noted(config: Any, **options: Any) -> Any:
+        names.append(re.sub("-[0-9a-f]{8}$", "", config.name))
+        return run(config, **options)
+
+    monkeypatch.setattr(cells, "run", noted)
+    return names
+
+
+def timeless(path: Path) -> dict[str, Any]:
+    """A cell's JSON file but for times."""
+    found: dict[str, Any] = json.loads(path.read_text())
+    return {key: value for key, value in found.items() if key not in ("seconds", "cpu_seconds", "started")}
+
+
+# cells ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_has_all_that_a_table_and_a_repetition_need(tiny: Files, tmp_path: Path) -> None:
+    tiny["base"] = {
+        **BASE,
+        "rounds": 12,
+        "generator": {"name": "gaussian"},
+        "partition": {"name": "dirichlet", "alpha": 0.5, "min_size": 2},
+    }
+    tiny["tiny"] = {**TINY, "rows": {"fbl": {"label": "FBL", "method": "fbl", "note": "balanced"}}}
+    tiny["tiny"]["columns"] = {"b": {**TINY["columns"]["b"], "label": "B"}}
+    anew()
+    (outcome,) = reproduce(plan(), tmp_path)
+    assert outcome.state == "done" and outcome.found is not None
+    cell, found = outcome.cell, json.loads(path_of(outcome.cell, tmp_path).read_text())
+    run = cells.run_of(cell, tmp_path)
+    rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    accuracies = [each["global/accuracy"] for each in rounds]
+    assert found["rounds"]["global/accuracy"] == pytest.approx(accuracies, abs=1e-5)
+    assert found["headline"]["global/accuracy"] == pytest.approx(fmean(accuracies[-10:]), abs=1e-5)
+    assert outcome.headline() == found["headline"]["global/accuracy"]
+    assert found["best"]["global/accuracy"] == pytest.approx(max(accuracies), abs=1e-5)
+    assert found["best"]["global/loss"] == pytest.approx(min(each["global/loss"] for each in rounds), abs=1e-5)
+    assert found["last"]["global/accuracy"] == pytest.approx(accuracies[-1], abs=1e-5)
+    assert set(found["classes"]) == set(json.loads((run / "manifest.json").read_text())["classes"])
+    assert (found["table"], found["row"], found["column"], found["seed"]) == ("tiny", "fbl", "b", 1)
+    assert found["versions"].keys() >= {"fedkeel", "torch"} and found["hardware"]["device"] == "cpu"
+    assert found["key"] == cell.config.key() == cell.key
+    assert found["generator"]["name"] == "gaussian" and len(found["generator"]["fingerprint"]) == 64
+    assert found["departures"] == ["numbers mean nothing", "balanced", "twice the epochs"]
+    assert found["cpu_seconds"] > 0 and found["seconds"] > 0 and found["steps"] > 0 and found["bytes"]["up"] > 0
+    # the run can be made again from the file, wherever it was made
+    assert parse({**found["config"], "name": "again"}).key() == found["key"]
+    assert str(tmp_path) not in path_of(cell, tmp_path).read_text()
+    # what takes most space is gone, what a later look needs is there
+    left = {path.name for path in run.iterdir()}
+    assert left >= {"config.toml", "manifest.json", "rounds.jsonl", "model.safetensors"}
+    assert not left & {"checkpoint", "clients", "shelf", cells.SPENT, cells.FAILED}
+
+
+def test_only_missing_cells_are_run(tiny: Files, tmp_path: Path, ran: list[str]) -> None:
+    told: list[str] = []
+    reproduce(plan(["avg"]), tmp_path)
+    assert ran == ["avg--a--seed1", "avg--b--seed1"]
+    before = path_of(plan(["avg"])[0], tmp_path).read_bytes()
+    outcomes = reproduce(plan(["avg", "prox"], ["a"]), tmp_path, tell=lambda each: told.append(each.cell.name))
+    assert ran[2:] == ["prox--a--seed1"]
+    assert told == ["avg--a--seed1", "prox--a--seed1"], "what was done is told of first"
+    assert [each.fresh for each in outcomes] == [False, True]
+    assert path_of(plan(["avg"])[0], tmp_path).read_bytes() == before
+    twice = plan(["own"], ["a"])
+    (outcome,) = reproduce([*twice, *twice], tmp_path)
+    assert outcome.found is not None and "same_as" not in outcome.found, "not a copy of itself"
+
+
+def test_a_stopped_cell_goes_on_from_its_checkpoint(
+    tiny: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ran: list[str]
+) -> None:
+    tiny["base"] = {**BASE, "rounds": 4}
+    told = cells._Spent.finished_round
+    rounds: list[tuple[str, int]] = []
+
+    def stop(self: Any, record: Any) -> None:
+        told(self, record)
+        rounds.append((self.path.parent.name.split("--")[0], record["round"]))
+        if rounds[-1] == ("prox", 2):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cells._Spent, "finished_round", stop)
+    result = fedkeel_("tiny", "--profile", "smoke", "--columns", "a", "--dir", tmp_path)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "stopped; to go on: the same command"
+    assert not (tmp_path / "smoke/tiny/table.md").exists()
+    (run,) = (tmp_path / "smoke/tiny/runs").glob("prox--*")
+    (run / cells.SPENT).write_text("1000\n")
+    before = len(rounds)
+    assert fedkeel_("tiny", "--profile", "smoke", "--columns", "a", "--dir", tmp_path).exit_code == 0
+    assert rounds[before:] == [("prox", 3), ("prox", 4), *(("own", number) for number in (1, 2, 3, 4))]
+    assert ran == ["avg--a--seed1", "prox--a--seed1", "prox--a--seed1", "own--a--seed1"]
+    (cell,) = plan(["prox"], ["a"])
+    assert read(cell, tmp_path).found["cpu_seconds"] >= 1000  # type: ignore[index]
+    # and it comes to what it had come to without a stop
+    monkeypatch.setattr(cells._Spent, "finished_round", told)
+    reproduce([cell], tmp_path / "whole")
+    assert timeless(path_of(cell, tmp_path)) == timeless(path_of(cell, tmp_path / "whole"))
+
+
+def test_a_changed_configuration_is_stale_and_never_mixed(tiny: Files, tmp_path: Path, ran: list[str]) -> None:
+    reproduce(command.plan(["tiny"], "reduced", ["avg", "prox"], ["a"]), tmp_path)
+    tiny["tiny"] = {**TINY, "rows": {**TINY["rows"], "avg": {**TINY["rows"]["avg"], "set": {"local": {"lr": 0.2}}}}}
+    anew()
+    planned = command.plan(["tiny"], "reduced", ["avg", "prox"], ["a"])
+    outcomes = [read(cell, tmp_path) for cell in planned]
+    assert [each.state for each in outcomes] == ["stale", "done"] * 2
+    table = shown.show(experiment("tiny"), "reduced", outcomes)
+    assert table.spots["avg", "a"].mean is None and table.spots["avg", "a"].state == "stale"
+    assert table.stale[0] == "FedAvg, A, seed 1: local.lr = 0.2, run with 0.05"
+    reproduce(planned[:1], tmp_path)
+    assert ran[4:] == ["avg--a--seed1"]
+    spot = shown.show(experiment("tiny"), "reduced", [read(cell, tmp_path) for cell in planned]).spots["avg", "a"]
+    assert (list(spot.ours), spot.stale, spot.state) == ([1], (2,), "1/2")
+
+
+def test_cells_of_one_configuration_are_one_run(
+    tiny: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ran: list[str]
+) -> None:
+    rows = {"other": {**TINY["rows"]["avg"], "label": "The same", "note": "as the first table has it"}}
+    tiny["tiny-2"] = {**TINY, "rows": rows, "printed": {}}
+    tiny["tiny-3"] = {**TINY, "pictures": [{"rows": ["avg"], "column": "a"}]}
+    reproduce(plan(["avg", "other"], ["a"], (), "tiny", "tiny-2"), tmp_path)
+    assert ran == ["avg--a--seed1"]
+    (copy,) = plan((), ["a"], (), "tiny-2")
+    found = read(copy, tmp_path).found
+    assert found is not None and found["same_as"] == "smoke/tiny/avg--a--seed1"
+    assert (found["table"], found["row"]) == ("tiny-2", "other")
+    assert found["departures"] == ["numbers mean nothing", "as the first table has it"]
+    assert cells.run_of(copy, tmp_path) == cells.run_of(*plan(["avg"], ["a"]), tmp_path)
+    # done earlier, in another call and profile
+    path_of(copy, tmp_path).unlink()
+    reproduce([copy, *command.plan(["tiny"], "paper", ["avg"], ["a"], [1])], tmp_path)
+    assert ran == ["avg--a--seed1"]
+    # one that a picture is drawn from has a run of its own, which keeps what other runs drop
+    (drawn,) = plan(["avg"], ["a"], (), "tiny-3")
+    reproduce([drawn], tmp_path)
+    assert ran == ["avg--a--seed1"] * 2
+    assert (cells.run_of(drawn, tmp_path) / "checkpoint").is_dir()
+    assert not (cells.run_of(copy, tmp_path) / "checkpoint").exists()
+    # and where nothing is done yet it is the run of the others too
+    reproduce(plan(["avg"], ["a"], (), "tiny", "tiny-3"), tmp_path / "fresh")
+    assert ran == ["avg--a--seed1"] * 3
+    assert (cells.run_of(*plan(["avg"], ["a"]), tmp_path / "fresh") / "checkpoint").is_dir()
+
+
+def test_a_cell_that_fails_is_named_and_stops_no_other(
+    tiny: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = {"label": "Bad", "method": "fedavg", "set": {"local": {"lr": 1e30}}}
+    tiny["tiny"] = {**TINY, "rows": {"bad": bad, **TINY["rows"]}}
+    words = ("tiny", "--profile", "smoke", "--columns", "a", "--dir", tmp_path)
+    result = fedkeel_(*words)
+    assert result.exit_code == 1
+    assert re.fullmatch(r"error: 1 of 4 cells failed: tiny bad--a--seed1: round 1: .*", result.stderr.splitlines()[-1])
+    assert "Control" in result.stdout, "the table is shown all the same"
+    failed = json.loads(next((tmp_path / "smoke/tiny/runs").glob("bad--*/failed.json")).read_text())
+    assert "RunError" in failed["trace"] or "TooFewClients" in failed["trace"]
+    later = fedkeel_(*words, "--show")
+    assert later.exit_code == 0, later.output
+    assert re.search(r"Bad \(ours\) +failed", later.stdout)
+    assert "Bad, A, seed 1: round 1: " in later.stdout
+    # a mistake of ours is a gap too; when it is mended the cell is done
+    run = cells.run
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise ZeroDivisionError("by hand")
+
+    monkeypatch.setattr(cells, "run", broken)
+    (outcome,) = reproduce(plan(["avg"], ["b"]), tmp_path)
+    assert (outcome.state, outcome.error) == ("failed", "ZeroDivisionError: by hand")
+    assert read(*plan(["avg"], ["b"]), tmp_path).state == "failed"
+    monkeypatch.setattr(cells, "run", run)
+    reproduce(plan(["avg"], ["b"]), tmp_path)
+    assert read(*plan(["avg"], ["b"]), tmp_path).state == "done"
+
+
+def test_two_processes_in_one_folder(tiny: Files, tmp_path: Path) -> None:
+    words = ("tiny", "--profile", "smoke", "--rows", "avg", "--dir", tmp_path)
+    with locked(tmp_path, RunError("")):
+        result = fedkeel_(*words)
+        assert result.exit_code == 1
+        assert f"another process works in {tmp_path}" in result.stderr
+        assert fedkeel_(*words, "--show").exit_code == 0, "to look is allowed"
+    assert fedkeel_(*words).exit_code == 0
+    with locked(tmp_path, RunError("")):
+        assert fedkeel_(*words).exit_code == 0, "all is done: nothing is written but the table"
+
+
+def test_what_another_process_did_meanwhile_is_not_done_again(
+    tiny: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ran: list[str]
+) -> None:
+    lock = cells.locked
+    (cell,) = plan(["avg"], ["a"])
+
+    def later(*words: Any) -> Any:
+        monkeypatch.setattr(cells, "locked", lock)
+        reproduce([cell], tmp_path)
+        return lock(*words)
+
+    monkeypatch.setattr(cells, "locked", later)
+    (outcome,) = reproduce([cell], tmp_path)
+    assert ran == ["avg--a--seed1"]
+    assert outcome.found is not None and "same_as" not in outcome.found
+
+
+def test_a_damaged_cell_is_one_clear_error(tiny: Files, tmp_path: Path) -> None:
+    (cell,) = plan(["avg"], ["a"])
+    path = path_of(cell, tmp_path)
+    path.parent.mkdir(parents=True)
+    for text in ("{", "[]", '{"row": "avg"}'):
+        path.write_text(text)
+        result = fedkeel_("tiny", "--profile", "smoke", "--dir", tmp_path, "--show")
+        assert result.exit_code == 1
+        assert f"error: {path} cannot be read" in result.stderr and "remove it" in result.stderr
+
+
+# what is asked for ----------------------------------------------------------------------------------------------------
+
+
+def test_rows_and_columns_pick(tiny: Files) -> None:
+    assert [cell.name for cell in plan(["prox", "avg"], ["b"])] == ["avg--b--seed1", "prox--b--seed1"]
+    assert [cell.seed for cell in plan(["avg"], ["a"], [3, 1])] == [3, 1]
+    assert [cell.config.local.lr for cell in plan((), ["a"])] == [0.05, 0.1, 0.05]
+    tiny["tiny-2"] = {**TINY, "rows": {"else": TINY["rows"]["avg"]}}
+    both = plan(["avg", "else"], ["a"], (), "tiny", "tiny-2", "tiny")
+    assert [(cell.table, cell.row.key) for cell in both] == [("tiny", "avg"), ("tiny-2", "else")]
+    assert {cell.table for cell in plan(["else"], (), (), "tiny", "tiny-2")} == {"tiny-2"}
+    tiny["tiny-4"] = {**TINY, "rows": {"avg": {**TINY["rows"]["avg"], "only": ["paper"]}}}
+    with pytest.raises(ConfigError, match="no such cells in profile smoke"):
+        plan((), (), (), "tiny-4")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["fbl-t33"], ["'fbl-t33'", "Did you mean 'fbl-t3'?"]),
+        (["fbl-t3", "--profile", "redcued"], ["--profile = 'redcued'", "paper, reduced, smoke", "'reduced'"]),
+        (["fbl-t3", "--profile", "smoke", "--rows", "m1,m8"], ["--rows = 'm8'", "m1, m2"]),
+        (["fbl-t3", "--profile", "smoke", "--columns", "c11"], ["--columns = 'c11'", "Did you mean 'c10'?"]),
+        (["fbl-t3", "--profile", "smoke", "--seeds", "1,x"], ["--seeds = 'x'", "whole numbers"]),
+        (["fbl-t3", "--profile", "smoke", "--format", "htm"], ["--format = 'htm'", "'html'"]),
+        (["fbl-t3", "--profile", "smoke", "--workers", "0"], ["--workers", "0"]),
+        (["fbl-t3", "--rows", "m1"], ["--data = None", "must be a folder with cifar10 in it", "docs/reproducing.md"]),
+        (["fbl-t3", "--rows", "m1", "--data", "elsewhere"], ["--data = 'elsewhere'", "with cifar10 in it"]),
+    ],
+)
+def test_a_mistake_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], named: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FEDKEEL_DATA", raising=False)
+    result = fedkeel_(*words)
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and result.stdout == ""
+    for part in named:
+        assert part in line
+    assert not list(tmp_path.iterdir()), "said before anything is written"
+
+
+def test_data_are_found_below_the_folder_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ran: list[str]
+) -> None:
+    """An empty folder is what the data set itself complains of, cell by cell."""
+    (tmp_path / "data/cifar10").mkdir(parents=True)
+    monkeypatch.setenv("FEDKEEL_DATA", str(tmp_path / "data"))
+    result = fedkeel_("fbl-t3", "--rows", "m1", "--seeds", "1", "--dir", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "1 of 1 cells failed: fbl-t3 m1--c10--seed1: cifar10: there is no split 'train'" in result.stderr
+
+
+def test_the_list_of_tables(tiny: Files, tmp_path: Path) -> None:
+    reproduce(plan(["avg"]), tmp_path)
+    (found,) = json.loads(fedkeel_("--json", "--dir", tmp_path).stdout)
+    assert (found["name"], found["paper"], found["title"]) == ("tiny", "Nobody, Table 1", "Tiny <table>")
+    counts = {profile: (each["cells"], each["done"]) for profile, each in found["cells"].items()}
+    assert counts == {"paper": (12, 0), "reduced": (12, 0), "smoke": (6, 2)}
+    assert re.search(r"tiny +12 +12 +2/6 +Tiny <table>", fedkeel_("--dir", tmp_path).stdout)
+
+
+def test_a_line_for_each_cell_with_the_time_left(tiny: Files, tmp_path: Path) -> None:
+    tiny["tiny"] = {**TINY, "columns": {**TINY["columns"], "c": {**TINY["columns"]["a"], "label": "C"}}}
+    reproduce(plan(["avg"], ["b"]), tmp_path)
+    result = fedkeel_("tiny", "--profile", "smoke", "--rows", "avg,prox", "--dir", tmp_path)
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("table:")]
+    assert len(lines) == 5, "none for what was done before"
+    assert re.fullmatch(r"2/6  33 %  tiny avg--a--seed1  \d+\.\d\d %  \d\.\d s  about \d+\.\d s left", lines[0])
+    assert re.fullmatch(r"3/6  50 %  tiny avg--c--seed1  \S+ %  the run of smoke/tiny/avg--a--seed1  .* left", lines[1])
+    assert re.fullmatch(r"6/6 100 %  tiny prox--b--seed1  \S+ %  \d\.\d s", lines[-1])
+
+
+# how it is shown ------------------------------------------------------------------------------------------------------
+
+
+def made(cell: Cell, accuracy: float, **over: object) -> Outcome:
+    """A cell as if it had come to this."""
+    found = {
+        "key": cell.key,
+        "headline": {"global/accuracy": accuracy},
+        "departures": ["a small network", *filter(None, [cell.row.note, cell.column.note])],
+        "generator": None,
+        "versions": {"fedkeel": "0.1.0", "torch": "2.13.0", "numpy": "2"},
+        "commit": "0123456789abcdef",
+        "hardware": {"processor": "A processor", "gpu": None},
+        "cpu_seconds": 1800.0,
+        "seconds": 900.0,
+        "started": "2026-01-02T03:04:05+00:00",
+        "config": json.loads(json.dumps(cell.config.table())),
+    }
+    return Outcome(cell, {**found, **over})
+
+
+@pytest.fixture
+def table(tiny: Files) -> shown.Shown:
+    """Two seeds of three rows in two columns: one cell has one seed, one has none, one is stale, one has failed."""
+    values = {
+        ("avg", "a"): (0.50, 0.52), ("prox", "a"): (0.55, 0.53), ("own", "a"): (0.60, None),
+        ("avg", "b"): (None, None), ("prox", "b"): (0.7, 0.71), ("own", "b"): (0.1, 0.2),
+    }  # fmt: skip
+    outcomes = []
+    for cell in command.plan(["tiny"], "reduced"):
+        value = values[cell.row.key, cell.column.key][cell.seed - 1]
+        outcomes.append(Outcome(cell, None) if value is None else made(cell, value))
+    names = [outcome.cell.name for outcome in outcomes]
+    at = names.index("own--b--seed1")
+    config = {**outcomes[at].found["config"], "rounds": 7}  # type: ignore[index]
+    outcomes[at] = made(outcomes[at].cell, 0.9, key="before", config=config)
+    outcomes[names.index("own--a--seed2")] = Outcome(outcomes[names.index("own--a--seed2")].cell, None, "a < b")
+    at = names.index("prox--b--seed1")
+    outcomes[at] = made(outcomes[at].cell, 0.7, same_as="smoke/tiny/prox--b--seed1", departures=["half of the data"])
+    return shown.show(experiment("tiny"), "reduced", outcomes)
+
+
+def test_our_numbers_beside_the_printed_ones(table: shown.Shown) -> None:
+    spot = table.spots["avg", "a"]
+    assert spot.mean == pytest.approx(51) and spot.std == pytest.approx(2**0.5)
+    assert spot.printed == (50.5, 1.25) and spot.difference == pytest.approx(0.5) and spot.state == ""
+    assert table.spots["own", "a"].state == "1/2" and table.spots["own", "a"].failed == (2,)
+    assert table.spots["own", "a"].std is None
+    assert table.spots["avg", "b"].state == "missing" and table.spots["avg", "b"].difference is None
+    assert table.spots["own", "b"].stale == (1,) and table.spots["own", "b"].mean == pytest.approx(20)
+    best = {place for place, spot in table.spots.items() if spot.best}
+    assert best == {("own", "a"), ("prox", "b")}
+    assert {place for place, spot in table.spots.items() if spot.printed_best} == {("avg", "a"), ("prox", "b")}
+    assert [row.own for row in table.rows] == [False, False, True]
+    assert table.order == {"a": (0, 1)}, "in b the printed number has a mark, and a row has no number"
+    assert table.spots["prox", "b"].mark == "a" and table.footnotes == {"a": "above the bound"}
+
+
+def test_what_stands_below_a_table(table: shown.Shown) -> None:
+    assert [(each.text, each.where) for each in table.reasons] == [
+        ("a small network", ""),
+        ("a control", "Control"),
+        ("twice the epochs", "B"),
+        ("half of the data", "FedProx in B"),
+    ]
+    assert table.stale == ("Control, B, seed 1: rounds = 2, run with 7",)
+    assert table.failed == ("Control, A, seed 2: a < b",)
+    assert (table.done, table.wanted, table.borrowed) == (8, 12, 1)
+    assert table.cpu_hours == pytest.approx(7 * 0.5) and table.gpu_hours == 0
+    assert table.versions == ("fedkeel 0.1.0", "torch 2.13.0", "commit 012345678")
+    assert (table.hardware, table.dates) == (("A processor",), ("2026-01-02",))
+    below = dict(shown.below(table))
+    assert below["Methods in the paper's order"] == ["A: 0 of 1 pairs"]
+    assert "alpha is inferred" in below["Notes"]
+    assert "Spent: 3h 30m of CPU time" in below["Made with"]
+
+
+def test_what_the_profile_leaves_out_is_said(tiny: Files) -> None:
+    only = {"prox": {**TINY["rows"]["prox"], "only": ["paper"]}}
+    tiny["tiny"] = {**TINY, "rows": {**TINY["rows"], **only}}
+    tiny["tiny"]["columns"] = {**TINY["columns"], "b": {**TINY["columns"]["b"], "rows": {"smoke": ["own"]}}}
+    anew()
+    table = shown.show(experiment("tiny"), "smoke", [made(cell, 0.5) for cell in plan()])
+    assert table.absent == ("rows that this profile leaves out: FedProx",)
+    assert table.spots["avg", "b"].state == "not run" and table.spots["avg", "b"].printed == (60.0,)
+
+
+def test_the_terminal(table: shown.Shown) -> None:
+    from rich.console import Console
+
+    def text(width: int) -> list[list[str]]:
+        console = Console(width=width, file=io.StringIO())
+        for each in shown.as_text(table, console.width):
+            console.print(each)
+        assert isinstance(console.file, io.StringIO)
+        return [line.split() for line in console.file.getvalue().splitlines() if line.strip()]
+
+    wide = text(100)
+    assert ["FedAvg", "51.00", "±", "1.41", "missing"] in wide
+    assert ["printed", "50.50", "±", "1.25", "60.00"] in wide
+    assert ["printed", "40.00", "±", "0.50", "70.00[a]"] in wide
+    assert ["Control", "(ours)", "60.00", "(1/2)", "20.00", "(1/2)"] in wide
+    narrow = text(36)
+    assert ["FedAvg", "51.00", "±", "1.41"] in narrow and ["FedAvg", "missing"] in narrow
+    assert not any("…" in word for line in narrow for word in line)
+    paper = replace(table, profile="paper")
+    (written,) = shown.as_text(paper, 100)
+    assert "difference" in str(written.columns[0]._cells[0]) and "+0.50" in str(written.columns[1]._cells[0])
+
+
+def test_markdown(table: shown.Shown) -> None:
+    text = shown.as_markdown(table)
+    assert "| FedAvg | 51.00 ± 1.41<br>*50.50 ± 1.25* | missing<br>*60.00* |" in text
+    assert "| Control (ours) | **60.00 (1/2)** | 20.00 (1/2) |" in text
+    assert "only the profile paper may be compared" in text
+    paper = shown.as_markdown(replace(table, profile="paper"))
+    assert "51.00 ± 1.41<br>*50.50 ± 1.25*<br>+0.50" in paper and "may be compared" not in paper
+
+
+def test_the_page_loads_nothing_and_escapes_all(table: shown.Shown) -> None:
+    page = shown.as_html(table)
+    assert "default-src 'none'" in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page) and "<script" not in page
+    assert "Tiny &lt;table&gt;" in page and "<table>" not in page
+    assert "a &lt; b" in page
+    assert "<b>60.00</b><i>1/2</i>" in page and "<i>missing</i>" in page
+    assert "<small>50.50 ± 1.25</small>" in page.replace("<b>", "").replace("</b>", "")
+    assert "<sup>a</sup>" in page and 'role="status"' in page and 'class="scroll"' in page
+    assert "+0.50" not in page and "+0.50" in shown.as_html(replace(table, profile="paper"))
+
+
+@pytest.mark.full
+def test_fbl_t3_in_the_profile_smoke(tmp_path: Path) -> None:
+    """The whole way, with the package's own files: cells, the table in all forms, and again from what is there."""
+    words = ("fbl-t3", "--profile", "smoke", "--dir", tmp_path)
+    result = fedkeel_(*words)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"M7: as M4, γ = 0\.1 \(FBL\) +\d+\.\d\d", result.stdout)
+    assert re.search(r"printed +81\.62 ± 0\.30 +48\.65 ± 0\.20", result.stdout)
+    assert "only the profile paper may be compared" in result.stdout
+    folder = tmp_path / "smoke/fbl-t3"
+    assert len(list(folder.glob("*--*--seed1.json"))) == 14
+    assert {path.name for path in folder.glob("table.*")} == {"table.md", "table.html", "table.json"}
+    value = json.loads((folder / "table.json").read_text())
+    assert (value["done"], value["wanted"], value["borrowed"]) == (14, 14, 7)
+    assert value["spots"]["m7"]["c10"]["printed"] == [81.62, 0.3]
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("*--*.json")}
+    part = fedkeel_(*words, "--rows", "m1,m7", "--columns", "c10", "--json")
+    assert [list(each["spots"]) for each in json.loads(part.stdout)] == [["m1", "m7"]]
+    assert json.loads((folder / "table.json").read_text()) == value, "files have the whole table"
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*--*.json")} == times
+    assert (
+        fedkeel_(*words, "--show", "--format", "html").stdout.rstrip() == (folder / "table.html").read_text().rstrip()
+    )
+    assert fedkeel_(*words, "--show", "--format", "markdown").stdout.startswith("# Ablation of FBL")
+
+
+# with processes of their own ------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import os, sys, time
+from pathlib import Path
+from fedkeel.reproduce import cells, command
+
+told = cells._Spent.finished_round
+
+
+def stop(self, record):
+    told(self, record)
+    if record["round"] == 1 and "m2--" in str(self.path) and not Path("reached").exists():
+        Path("reaching").write_text(str(os.getpid()))
+        Path("reaching").rename("reached")
+        while True:
+            time.sleep(1)
+
+
+cells._Spent.finished_round = stop
+if __name__ == "__main__":
+    cells.reproduce(command.plan(["fbl-t3"], "smoke", ["m1", "m2"]), Path("out"), workers=int(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def stuck(tmp_path: Path) -> Iterator[Callable[[int], tuple[subprocess.Popen[bytes], int]]]:
+    """Starts a process that reproduces two rows and gets stuck after a round of the second; it, and the process that
+    is stuck."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(workers: int) -> tuple[subprocess.Popen[bytes], int]:
+        (tmp_path / "script.py").write_text(SCRIPT)
+        process = subprocess.Popen([sys.executable, "script.py", str(workers)], cwd=tmp_path)
+        started.append(process)
+        until(lambda: (tmp_path / "reached").exists() or process.poll() is not None)
+        assert process.poll() is None
+        return process, int((tmp_path / "reached").read_text())
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def until(done: Callable[[], bool]) -> None:
+    for _ in range(6000):
+        if done():
+            return
+        time.sleep(0.1)
+    pytest.fail("it did not come to that in ten minutes")
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_was_killed_goes_on(
+    tmp_path: Path, stuck: Callable[[int], tuple[subprocess.Popen[bytes], int]], workers: int
+) -> None:
+    process, pid = stuck(workers)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    until(lambda: gone(pid))  # workers do not outlive it
+    planned = command.plan(["fbl-t3"], "smoke", ["m1", "m2"])
+    folder = tmp_path / "out"
+    if workers == 1:
+        assert [read(cell, folder).state for cell in planned] == ["done", "missing"] * 2
+    (run,) = folder.glob("smoke/fbl-t3/runs/m2--c10--*")
+    assert len((run / "rounds.jsonl").read_text().splitlines()) == 1
+    reproduce(planned, folder)
+    assert json.loads((run / "manifest.json").read_text())["resumed"], "from its checkpoint"
+    reproduce(planned, tmp_path / "whole")
+    for cell in planned:
+        assert timeless(path_of(cell, folder)) == timeless(path_of(cell, tmp_path / "whole"))
+
+
+@pytest.mark.full
+def test_a_worker_that_is_killed_is_replaced(
+    tmp_path: Path, stuck: Callable[[int], tuple[subprocess.Popen[bytes], int]]
+) -> None:
+    process, pid = stuck(2)
+    os.kill(pid, signal.SIGKILL)
+    assert process.wait(600) == 0
+    planned = command.plan(["fbl-t3"], "smoke", ["m1", "m2"])
+    assert [read(cell, tmp_path / "out").state for cell in planned] == ["done"] * 4
+    (run,) = (tmp_path / "out").glob("smoke/fbl-t3/runs/m2--c10--*")
+    assert json.loads((run / "manifest.json").read_text())["resumed"]
+
+
+@pytest.mark.full
+def test_ctrl_c_ends_the_workers(tmp_path: Path, stuck: Callable[[int], tuple[subprocess.Popen[bytes], int]]) -> None:
+    process, pid = stuck(2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(600) != 0, "though its worker would sleep for ever"
+    until(lambda: gone(pid))
+
+
+@pytest.mark.full
+def test_two_workers_make_what_one_makes(tmp_path: Path) -> None:
+    planned = command.plan(["fbl-t3"], "smoke", ["m1", "m4", "m7"], seeds=[1, 2])
+    for workers in (1, 2):
+        outcomes = reproduce(planned, tmp_path / str(workers), workers=workers)
+        assert [each.state for each in outcomes] == ["done"] * len(planned)
+        assert [each.cell for each in outcomes] == planned
+    for cell in planned:
+        one, two = (timeless(path_of(cell, tmp_path / str(workers))) for workers in (1, 2))
+        assert one == two
+
+
+@pytest.mark.full
+def test_the_page_in_the_docs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its commands are understood, its example of a table can be run."""
+    text = (Path(__file__).parent.parent / "docs/reproducing.md").read_text()
+    commands = re.findall(r"^    fedkeel reproduce ([^#\n]+)", text, re.MULTILINE)
+    assert len(commands) == 5
+    for line in commands:
+        result = fedkeel_(*line.split(), *([] if "--show" in line else ["--show"]), "--dir", tmp_path)
+        assert result.exit_code == 0, result.output
+    (example,) = re.findall(r"```toml\n(title.*?)```", text, re.DOTALL)
+    files = {**tables._files(), "mine": tomllib.loads(example)}
+    monkeypatch.setattr(tables, "_files", lambda: files)
+    anew()
+    planned = command.plan(["mine"], "reduced")
+    assert [cell.name for cell in planned] == [f"{row}--c10--seed{n}" for n in (1, 2) for row in ("fedavg", "plain")]
+    assert {cell.config.local.momentum for cell in planned if cell.row.key == "plain"} == {0.0}
+    assert [cell.row.key for cell in command.plan(["mine"], "paper", seeds=[1])] == ["fedavg"]
+    anew()
+
+
+def test_protocols_are_configurations_of_the_package() -> None:
+    """What `base` names can be loaded as any configuration."""
+    from fedkeel import experiments
+
+    folder = Path(experiments.__file__).parent
+    for profiles in tables.protocols().values():
+        assert profiles.keys() == set(tables.PROFILES)
+        for protocol in profiles.values():
+            assert load(folder / f"{protocol.base}.toml")["rounds"]
