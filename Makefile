@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # the suite compares runs bit by bit and the machines that run it are shared: one thread a process
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo test lint types battery reliability bench
+.PHONY: setup demo test docs lint types battery reliability bench
 
 setup: $(STAMP)
 
@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "name another one: make setup PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt hatchling editables
-	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev,diffusion,flower,ray,dp]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev,docs,diffusion,flower,ray,dp]'
 	@touch $@
 
 demo: setup
@@ -25,6 +25,10 @@ demo: setup
 
 test: lint types
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+
+# the site, in site/; strict: a broken link is an error
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 battery: setup
 	$(BIN)/python tests/battery.py
