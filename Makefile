@@ -24,7 +24,7 @@ demo: setup
 	$(BIN)/fedkeel demo
 
 test: lint types
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 # the site, in site/; strict: a broken link is an error
 docs: setup

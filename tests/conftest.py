@@ -13,6 +13,14 @@ from fedkeel.data.dataset import Dataset
 from fedkeel.generators.gaussian import fit
 from fedkeel.records import Samples
 
+LONGEST = ("test_federation", "test_docs", "test_ray", "test_workers", "test_flower", "test_reproduce", "test_battery")
+"""Files that take longest. Each is one worker's (--dist loadfile): begun last, the other would wait for it."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session")
 def data() -> Dataset:

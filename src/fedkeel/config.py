@@ -123,7 +123,9 @@ class Config:
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     threads: int = option(1, "threads of one PyTorch operation on a CPU", ge=1)
-    workers: int | None = option(None, "worker processes of runtime = 'pool'; absent: as many as there are cores", ge=1)
+    workers: int | None = option(
+        None, "worker processes of runtime = 'pool', at most; absent: as many as this process may use cores", ge=1
+    )
     lanes: int = option(16, "clients that runtime = 'batched' trains at once", ge=1)
     runtime: str = option("inprocess", "what runs the clients")
     runs_dir: str = option("runs", "folder of all runs")

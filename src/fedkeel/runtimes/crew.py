@@ -37,8 +37,8 @@ PATIENCE = 3
 not come up."""
 
 AHEAD = 8
-"""Tasks for each worker process that it may be ahead of the one whose answer is next. Four cost two workers 7 % of the
-time of a round of ten clients of unequal size, as the longest of ten is not always among the first eight."""
+"""Tasks for each worker process that it may be ahead of the one whose answer is next. Four would cost two workers 7 %
+of a round of ten clients of unequal size (simulated), as the longest of ten is not always among the first eight."""
 
 
 def cores() -> int:
