@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 pytestmark = [
-    pytest.mark.full,
+    pytest.mark.slow,
     pytest.mark.skipif(
         not all(importlib.util.find_spec(name) for name in ("flwr", "ray")), reason="needs the extras flower and ray"
     ),
