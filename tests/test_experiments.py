@@ -12,6 +12,7 @@ from fedkeel.algorithms.fbl import FBL as FBL_METHOD
 from fedkeel.config import load, parse, with_method
 from fedkeel.errors import ConfigError
 from fedkeel.generators.prompts import origin, phrases, reviewed
+from fedkeel.reproduce.cells import read as read_cell
 from fedkeel.reproduce.cells import reproduce
 from fedkeel.reproduce.tables import cells, experiment, folder_of, names, protocols
 
@@ -291,3 +292,16 @@ def test_a_table_runs(table, columns, tmp_path):
     shown = [each.headline() for each in found]
     assert all(value is not None and 0 <= value <= 1 for value in shown)
     assert len(list((tmp_path / "out").glob("smoke/*/runs/*"))) == len({each.key for each in runs})
+
+
+def test_rates_are_those_that_did_best() -> None:
+    """On validation images, of the grid that every method got; the cells are in the repository."""
+    folder = Path(__file__).parents[1] / "benchmarks/results/reproduce"
+    done = [read_cell(cell, folder) for cell in cells(experiment("fbl-rates"), "reduced")]
+    assert {outcome.state for outcome in done} == {"done"}
+    best: dict[str, tuple[float, float]] = {}
+    for outcome in done:
+        reached, rate = outcome.headline(), outcome.cell.config.local.lr
+        assert reached is not None
+        best[outcome.cell.row.key] = max(best.get(outcome.cell.row.key, (0.0, 0.0)), (reached, rate))
+    assert {row: rate for row, (_, rate) in best.items()} == protocols()["fbl"]["reduced"].rates
