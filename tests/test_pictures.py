@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from small_tables import Files, anew, of_package
 from typer.testing import CliRunner
 
 from fedkeel import cli
 from fedkeel.errors import ConfigError
 from fedkeel.report.embedding import distances
-from fedkeel.reproduce import command, shown, tables
+from fedkeel.reproduce import command, shown
 from fedkeel.reproduce.cells import Outcome, path_of, read, reproduce, run_of
 from fedkeel.reproduce.drawings import filling, skewed
 from fedkeel.reproduce.pictures import KINDS, OF_RUNS, Picture, Source, asked, draw
@@ -61,22 +62,12 @@ PROFILES: dict[str, Any] = {
 }
 PROTOCOLS = {"families": {"tiny": PROFILES}, "data": {"some": {profile: {} for profile in PROFILES}}}
 
-Files = dict[str, dict[str, Any]]
-
 
 @pytest.fixture
-def files(monkeypatch: pytest.MonkeyPatch) -> Iterator[Files]:
+def files() -> Iterator[Files]:
     """Small tables in place of the package's. A test that changes them calls `anew`."""
-    found: Files = {"base": BASE, "protocols": PROTOCOLS, "tiny": TABLE}
-    monkeypatch.setattr(tables, "_files", lambda: found)
-    anew()
-    yield found
-    anew()
-
-
-def anew() -> None:
-    tables.experiment.cache_clear()
-    tables.protocols.cache_clear()
+    with of_package({"base": BASE, "protocols": PROTOCOLS, "tiny": TABLE}) as found:
+        yield found
 
 
 def made(cell: Cell, accuracy: float) -> Outcome:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from small_tables import Files, anew, of_package
 from typer.testing import CliRunner
 
 from fedkeel import cli
@@ -67,24 +68,13 @@ PROTOCOLS = {
     "data": {"some": {profile: {} for profile in tables.PROFILES}},
 }
 
-Files = dict[str, dict[str, Any]]
-
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[Files]:
+def tiny() -> Iterator[Files]:
     """Small tables in place of the package's: a run takes a tenth of a second. A test may change them, and then calls
     `anew`."""
-    found: Files = {"base": BASE, "protocols": PROTOCOLS, "tiny": TINY}
-    monkeypatch.setattr(tables, "_files", lambda: found)
-    anew()
-    yield found
-    anew()
-
-
-def anew() -> None:
-    """Tables are read again."""
-    tables.experiment.cache_clear()
-    tables.protocols.cache_clear()
+    with of_package({"base": BASE, "protocols": PROTOCOLS, "tiny": TINY}) as found:
+        yield found
 
 
 def plan(rows: Sequence[str] = (), columns: Sequence[str] = (), seeds: Sequence[int] = (), *names: str) -> list[Cell]:

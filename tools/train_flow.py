@@ -63,18 +63,15 @@ class Recipe:
     last_rate: float = 1e-3
 
 
-def cifar10(folder: Path) -> tuple[Tensor, Tensor]:
-    """The last 1,000 train images of each class, which `data.public_limit = 10000` keeps from the clients."""
-    public = Parquet(dir=str(folder), train_limit=10, test_limit=10, public_limit=10_000).load().public
-    assert public is not None
-    return public.x, public.y
+def of_parquet(limit: int) -> Callable[[Path], tuple[Tensor, Tensor]]:
+    """The last train images of each class, `limit` in all, which `data.public_limit` keeps from the clients."""
 
+    def public(folder: Path) -> tuple[Tensor, Tensor]:
+        found = Parquet(dir=str(folder), train_limit=10, test_limit=10, public_limit=limit).load().public
+        assert found is not None
+        return found.x, found.y
 
-def eurosat(folder: Path) -> tuple[Tensor, Tensor]:
-    """The last 200 train images of each class, which `data.public_limit = 2000` keeps from the clients."""
-    public = Parquet(dir=str(folder), train_limit=10, test_limit=10, public_limit=2_000).load().public
-    assert public is not None
-    return public.x, public.y
+    return public
 
 
 FASHION = Recipe(
@@ -99,7 +96,7 @@ CIFAR10 = Recipe(
         widths=(64, 128, 192),
     ),
     "public part of CIFAR-10: the last 1,000 train images of each class",
-    cifar10,
+    of_parquet(10_000),
     teacher_steps=4_500,
     teacher_rate=1e-3,
     average=0.998,
@@ -125,7 +122,7 @@ EUROSAT = Recipe(
         widths=(48, 96, 144),
     ),
     "public part of EuroSAT (RGB): 200 train images of each class",
-    eurosat,
+    of_parquet(2_000),
     teacher_steps=2_000,
     teacher_rate=1e-3,
     average=0.998,

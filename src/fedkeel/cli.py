@@ -179,7 +179,7 @@ def compare(
     _quiet()
     from fedkeel.config import load
 
-    specs = [spec.strip() for spec in algorithms.split(",") if spec.strip()]
+    specs = _words(algorithms)
     if not specs:
         raise ConfigError("--algorithms", algorithms, "name the methods to compare (fedkeel list algorithms)")
     _compare(load(config), specs, seeds, folder, keys or (), as_json, "the same command")
@@ -497,7 +497,7 @@ def figures(
     from fedkeel.report.figures import Asked, write_figures
 
     folders = [_folder(run) for run in runs]
-    kinds = [kind.strip() for kind in what.split(",") if kind.strip()]
+    kinds = _words(what)
     asked = Asked(kinds, client, number, each, clip=clip)
     with _stoppable("the same command"):
         written = write_figures(
@@ -642,7 +642,7 @@ def _profile(
     from fedkeel.generators.cost import costs, machine
     from fedkeel.report import sheets
 
-    asked = None if precisions is None else [word.strip() for word in precisions.split(",") if word.strip()]
+    asked = None if precisions is None else _words(precisions)
     with _stoppable("the same command"), console.bars:
         generator = None if client is None else job.generator_of(client)
         found = costs(job, asked, images, generator, _stages(console))

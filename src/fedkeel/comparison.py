@@ -160,9 +160,8 @@ def _finished(cell: Cell) -> bool:
     except UserError as error:
         raise CheckpointError(f"{cell.folder} holds a run that cannot be read ({error}); remove it") from None
     if there.key() != cell.config.key():
-        mine, theirs = _flat(cell.config.table()), _flat(there.table())
-        differ = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key) and key not in _OWN]
-        shown = ", ".join(f"{key} = {theirs.get(key)!r} there, {mine.get(key)!r} here" for key in differ[:3])
+        differ = differing(cell.config.table(), there.table())
+        shown = ", ".join(f"{key} = {theirs!r} there, {mine!r} here" for key, mine, theirs in differ[:3])
         raise CheckpointError(f"{cell.folder} holds a run of another configuration: {shown}; remove it or choose --dir")
     log = cell.folder / "rounds.jsonl"
     lines = log.read_bytes().count(b"\n") if log.is_file() else 0
@@ -189,6 +188,14 @@ def _summary(planned: Sequence[Cell], results: Mapping[tuple[str, int], Result])
         assert isinstance(table, dict) and len(table) == 1, "seeds of one method are one row"
         (methods[spec],) = table.values()
     return {"methods": methods}
+
+
+def differing(mine: Mapping[str, object], theirs: Mapping[str, object]) -> list[tuple[str, object, object]]:
+    """The dotted keys in which two configurations differ, as far as they decide numbers, with both values; None for a
+    key that is not there."""
+    here, there = _flat(mine), _flat(theirs)
+    keys = (key for key in {**here, **there} if key not in _OWN)
+    return [(key, here.get(key), there.get(key)) for key in keys if here.get(key) != there.get(key)]
 
 
 def _flat(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:

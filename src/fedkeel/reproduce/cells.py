@@ -263,7 +263,7 @@ def pictured(cell: Cell) -> bool:
     """Whether a picture of the table is drawn from this cell's run."""
     asked = experiment(cell.table).pictures
     return any(
-        cell.column.key == one.get("column") and cell.row.key in one["rows"] and cell.seed == one.get("seed", 1)  # type: ignore[operator]
+        cell.column.key == one.get("column") and cell.row.key in one["rows"] and cell.seed == one.get("seed", 1)
         for one in asked
     )
 

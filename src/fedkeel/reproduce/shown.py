@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from itertools import combinations
@@ -16,6 +16,7 @@ from string import ascii_lowercase
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
+from fedkeel.comparison import differing
 from fedkeel.report.table import duration
 from fedkeel.reproduce.cells import Outcome
 from fedkeel.reproduce.tables import HEADLINE, Column, Experiment, L, Row
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 Place = tuple[str, str]
 """A row and a column, by their keys."""
-_OWN = ("name", "runs_dir", "runtime", "device")
-"""Keys of a configuration that decide no number."""
 _NAMED = ("fedkeel", "torch")
 """Whose versions stand below a table; all others stand in the cells."""
 _FEW = 3
@@ -304,19 +303,10 @@ def _differs(outcome: Outcome) -> str:
     """The first keys of the configuration that a stale cell was run with otherwise."""
     assert outcome.found is not None
     now = json.loads(json.dumps(outcome.cell.config.table()))  # tuples are lists there
-    before, after = dict(_dotted(outcome.found["config"])), dict(_dotted(now))
-    keys = [key for key in {**after, **before} if before.get(key) != after.get(key) and key not in _OWN]
-    texts = [f"{key} = {_toml(after.get(key))}, run with {_toml(before.get(key))}" for key in keys[:_FEW]]
-    more = f" and {len(keys) - _FEW} more" if len(keys) > _FEW else ""
+    found = differing(now, outcome.found["config"])
+    texts = [f"{key} = {_toml(after)}, run with {_toml(before)}" for key, after, before in found[:_FEW]]
+    more = f" and {len(found) - _FEW} more" if len(found) > _FEW else ""
     return "; ".join(texts) + more or "run by another version, to which the same keys meant something else"
-
-
-def _dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _toml(value: object) -> str:

@@ -102,7 +102,7 @@ class Experiment:
     notes: tuple[str, ...]
     seeds: Mapping[str, tuple[int, ...]]
     runs: bool
-    pictures: Sequence[Table]
+    pictures: Sequence[Mapping[str, Any]]
 
     def protocol(self, profile: str) -> Protocol:
         """Of this table's family. Raises ConfigError for an unknown profile."""
