@@ -23,7 +23,7 @@ from typing import Any
 
 from fedkeel import registry
 from fedkeel.comparison import Cell, cells
-from fedkeel.loop import HEADLINE, run
+from fedkeel.loop import run
 
 ROOT = Path(__file__).parents[1]
 OUT, RUNS = ROOT / "benchmarks/results/baselines-fashion.json", ROOT / "runs/baselines"
@@ -83,9 +83,8 @@ def one(cell: Cell) -> dict[str, Any]:
     for key in ("global/accuracy", "global/balanced_accuracy"):
         values = [record[key] for record in rounds if key in record]
         if values:
-            tail = values[-HEADLINE:]
             out |= {
-                key: round(sum(tail) / len(tail), 4),
+                key: round(result.headline(key), 4),
                 f"{key}/best": round(max(values), 4),
                 f"{key}/last": values[-1],
             }

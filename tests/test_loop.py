@@ -97,6 +97,14 @@ def test_headline():
     assert math.isnan(Result(records, {}, None).headline("b"))
 
 
+def test_headline_of_what_looks_back():
+    """The best of personal models so far, and what privacy has cost, are what they are at the end; what personal models
+    reach in a round is like any other metric."""
+    names = ("personal/accuracy_best", "personal/accuracy_best_weighted", "privacy/epsilon", "personal/accuracy_last")
+    result = Result([dict.fromkeys(names, float(i)) for i in range(20)], {}, None)
+    assert [result.headline(name) for name in names] == [19, 19, 19, 14.5]
+
+
 def test_evaluation_changes_no_numbers_of_training(data):
     often = run(tiny.config(*tiny.BATCHNORM, "evaluate.local_every=1"), data=data)
     seldom = run(tiny.config(*tiny.BATCHNORM, "evaluate.every=4", "evaluate.batch=7"), data=data)

@@ -29,14 +29,12 @@ from fedkeel.files import locked, write, write_json, write_tensors
 from fedkeel.job import Holdings, Job
 from fedkeel.partition.manifest import listed
 from fedkeel.privacy import guarded
-from fedkeel.record import Listener, MLflow, RoundLog, Several, Silent, TensorBoard
+from fedkeel.record import Listener, MLflow, RoundLog, Several, Silent, TensorBoard, headline
 from fedkeel.records import Reply, Server, Update
 from fedkeel.robust import agreed
 from fedkeel.runtimes.base import Choosing, Engine, Runtime
 from fedkeel.weights import Layout, Statistics, finite
 
-HEADLINE = 10
-"""The headline of a run is the mean over this many last evaluations."""
 NEEDED = ("fedkeel", "torch", "numpy", "safetensors")
 EXTRAS = ("diffusers", "transformers", "peft", "accelerate", "sdnq", "bitsandbytes")
 """Whose versions a run's manifest has; those of extras as far as they are installed."""
@@ -51,9 +49,9 @@ class Result:
     folder: Path | None
 
     def headline(self, metric: str = "global/accuracy") -> float:
-        """Mean of a metric over the last 10 evaluations; NaN when it was never measured."""
-        values = [record[metric] for record in self.rounds if record.get(metric) is not None][-HEADLINE:]
-        return sum(values) / len(values) if values else math.nan
+        """Mean of a metric over the last 10 evaluations, or the last value of one that looks back over all rounds so
+        far; NaN when it was never measured."""
+        return headline(metric, [record[metric] for record in self.rounds if record.get(metric) is not None])
 
 
 def run(

@@ -5,14 +5,25 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 from fedkeel.errors import CheckpointError, MissingExtra, StorageError
 from fedkeel.files import write
 
 Record = Mapping[str, Any]
+
+TAIL = 10
+"""The headline of a run is the mean over this many last evaluations."""
+_SO_FAR = ("personal/accuracy_best", "personal/evaluations", "privacy/")
+"""Metrics that look back over all rounds so far: their headline is the last value."""
+
+
+def headline(metric: str, values: Sequence[float]) -> float:
+    """What a run came to in a metric, from its values in the rounds in which it was measured; NaN without any."""
+    return fmean(values[-1 if metric.startswith(_SO_FAR) else -TAIL :]) if values else math.nan
 
 
 def numbers(record: Record) -> dict[str, Any]:

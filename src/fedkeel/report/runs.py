@@ -17,11 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkeel.errors import DataError
+from fedkeel.record import headline
 
-TAIL = 10  # the headline is the mean over the last ten evaluated rounds
 PHASES = ("generate", "train", "aggregate", "evaluate", "checkpoint")
 _CLASS = "global/class/"
-_SO_FAR = ("personal/accuracy_best", "personal/evaluations", "privacy/")
 _FREE = {"name", "seed", "runs_dir", "device", "runtime"}  # settings in which repetitions of one method may differ
 
 
@@ -99,7 +98,7 @@ class RunData:
         """The mean over the last ten rounds in which the metric was recorded; None without any. Of one that looks back
         over all rounds so far it is the last value."""
         values = self.series(metric)[1]
-        return fmean(values[-1 if metric.startswith(_SO_FAR) else -TAIL :]) if values else None
+        return headline(metric, values) if values else None
 
     def total(self, metric: str) -> float:
         """The sum over all rounds, zero where never recorded."""

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -34,16 +33,14 @@ from fedkeel.config import Config
 from fedkeel.data.dataset import Dataset
 from fedkeel.errors import FedkeelError, RunError
 from fedkeel.files import locked, write, write_json
-from fedkeel.loop import HEADLINE, Result, run
-from fedkeel.record import Record, Silent
+from fedkeel.loop import Result, run
+from fedkeel.record import Record, Silent, headline
 from fedkeel.reproduce.tables import Cell, experiment
 
 HELD = 2
 """Data sets that a worker keeps in memory."""
 KEPT = ("global/", "local_before/", "local_after/", "personal/", "train/loss")
 """Metrics whose curves are kept, but for classes and clients."""
-SO_FAR = "personal/"
-"""These look back over all rounds: the headline is the last value."""
 PATIENCE = 3
 """How often workers may die without that a cell is done in between."""
 FAILED = "failed.json"
@@ -286,7 +283,6 @@ def _came_to(cell: Cell, result: Result, cpu: float) -> dict[str, Any]:
     curves = {name: [_short(each.get(name)) for each in rounds] for name in names}
     series = {name: [value for value in curve if value is not None] for name, curve in curves.items()}
     series = {name: values for name, values in series.items() if values}
-    tail = {name: 1 if name.startswith(SO_FAR) else HEADLINE for name in series}
     generator = manifest.get("generator") or {}
     protocol = experiment(cell.table).protocol(cell.profile)
     classes = sorted({name for each in rounds for name in each if name.startswith("global/class/")})
@@ -298,7 +294,7 @@ def _came_to(cell: Cell, result: Result, cpu: float) -> dict[str, Any]:
         "seed": cell.seed,
         "key": cell.key,
         "method": cell.row.method,
-        "headline": {name: _short(fmean(values[-tail[name] :])) for name, values in series.items()},
+        "headline": {name: _short(headline(name, values)) for name, values in series.items()},
         "best": {
             name: min(values) if name.endswith("/loss") else max(values)
             for name, values in series.items()
@@ -306,9 +302,9 @@ def _came_to(cell: Cell, result: Result, cpu: float) -> dict[str, Any]:
         },
         "last": {name: values[-1] for name, values in series.items()},
         "classes": {
-            name.removeprefix("global/class/"): _short(fmean(values))
+            name.removeprefix("global/class/"): _short(headline(name, values))
             for name in classes
-            if (values := [each[name] for each in rounds if each.get(name) is not None][-HEADLINE:])
+            if (values := [each[name] for each in rounds if each.get(name) is not None])
         },
         "rounds": curves,
         "failed": sum(len(each.get("failed", ())) for each in rounds),

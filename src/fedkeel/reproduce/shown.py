@@ -353,8 +353,8 @@ def _label(row: Head) -> str:
 
 
 LEGEND = (
-    "Accuracy in per cent: of a run the mean over the last 10 evaluated rounds (of personal models the last value), of "
-    "seeds mean ± sample standard deviation. Bold: the highest of a column."
+    "Accuracy in per cent: of a run the mean over the last 10 evaluated rounds (of personal models' best so far the "
+    "last one), of seeds mean ± sample standard deviation. Bold: the highest of a column."
 )
 
 
