@@ -2,11 +2,13 @@
 
     python benchmarks/generator_card.py fashion [FOLDER] [--seeds 3]      about 10 minutes on one core
     python benchmarks/generator_card.py cifar10 FOLDER [--seeds 3]        about 25 minutes
+    python benchmarks/generator_card.py eurosat FOLDER [--seeds 3]        about 25 minutes
 
 Quality is the accuracy on real test images of one small CNN (conv 3x3 of 16 and 32 channels, each with ReLU and 2x2 max
 pooling, fully connected 128; Adam at 1e-3, 1,500 steps of 64, no augmentation) that was trained on nothing but the
-images in question, 10,000 of them (12,000 private ones of `fashion`). FOLDER holds the original Fashion-MNIST, for the
-row of the public part (without it that row is left out), or CIFAR-10 as parquet files.
+images in question, 10,000 of them (12,000 private ones of `fashion`; 2,000 of EuroSAT, which has no more public ones).
+FOLDER holds the original Fashion-MNIST, for the row of the public part (without it that row is left out), or CIFAR-10
+or EuroSAT as parquet files.
 """
 
 from __future__ import annotations
@@ -33,10 +35,12 @@ ROOT = Path(__file__).parents[1]
 RESULTS = {
     "fashion": ROOT / "benchmarks/results/generator-card.json",
     "cifar10": ROOT / "benchmarks/results/generator-card-cifar10.json",
+    "eurosat": ROOT / "benchmarks/results/generator-card-eurosat.json",
 }
-STEPS_OF = {"fashion": (1, 2), "cifar10": (4, 8)}
+STEPS_OF = {"fashion": (1, 2), "cifar10": (4, 8), "eurosat": (4, 8)}
 STEPS, BATCH, RATE = 1_500, 64, 1e-3
-PER_CLASS = 1_000
+PER_CLASS = {"fashion": 1_000, "cifar10": 1_000, "eurosat": 200}
+PARTS = {"cifar10": "private part, 10,000 of 40,000", "eurosat": "private part, 2,000 of 6,000"}
 
 
 def accuracy(x: Tensor, y: Tensor, data: Dataset, seed: int) -> float:
@@ -71,10 +75,10 @@ def parts(data: Dataset) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     return data.test_x.split(500), data.test_y.split(500)
 
 
-def made(source: Source) -> tuple[Tensor, Tensor, float]:
-    """PER_CLASS images of each class, their labels, and images per second."""
-    labels = [label for label in range(10) for _ in range(PER_CLASS)]
-    indices = list(range(PER_CLASS)) * 10
+def made(source: Source, count: int) -> tuple[Tensor, Tensor, float]:
+    """`count` images of each class, their labels, and images per second."""
+    labels = [label for label in range(10) for _ in range(count)]
+    indices = list(range(count)) * 10
     source.generate(labels[:128], indices[:128])  # warm up
     start, out = time.process_time(), []
     for i in range(0, len(labels), 256):
@@ -91,7 +95,11 @@ def picture(columns: list[Tensor], path: Path) -> None:
     whole = torch.cat([piece for strip in strips for piece in (strip, gap)][:-1], dim=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(whole.squeeze(2).numpy())
-    image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST).save(path, optimize=True)
+    if columns[0].shape[3] < 64:
+        image = image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST)
+    else:  # a megabyte otherwise
+        image = image.quantize(256)
+    image.save(path, optimize=True)
 
 
 def real(name: str, folder: Path | None) -> tuple[Dataset, dict[str, tuple[Tensor, Tensor]]]:
@@ -105,10 +113,11 @@ def real(name: str, folder: Path | None) -> tuple[Dataset, dict[str, tuple[Tenso
 
             sets["public part"] = public_images(folder)
         return data, sets
-    data = Parquet(dir=str(folder), public_limit=10_000, train_limit=10_000).load()
+    count = 10 * PER_CLASS[name]
+    data = Parquet(dir=str(folder), public_limit=count, train_limit=count).load()
     assert data.public is not None
     return data, {
-        "private part, 10,000 of 40,000": (data.train_x, data.train_y),
+        PARTS[name]: (data.train_x, data.train_y),
         "public part": (data.public.x, data.public.y),
     }
 
@@ -123,10 +132,11 @@ def main() -> None:
     data, there = real(args.name, args.folder)
     cpu = torch.device("cpu")
     sets: dict[str, tuple[Tensor, Tensor, float | None]] = {name: (*pair, None) for name, pair in there.items()}
+    count = PER_CLASS[args.name]
     for steps in STEPS_OF[args.name]:
         source = Bundled(steps=steps).load(data.classes, data.shape, cpu)
-        sets[f"bundled, {steps} step{'s' * (steps > 1)}"] = made(source)
-    sets["gaussian"] = made(Gaussian().load(data.classes, data.shape, cpu, data.public))
+        sets[f"bundled, {steps} step{'s' * (steps > 1)}"] = made(source, count)
+    sets["gaussian"] = made(Gaussian().load(data.classes, data.shape, cpu, data.public), count)
     rows = []
     for name, (x, y, speed) in sets.items():
         scores = [accuracy(x, y, data, seed) for seed in range(args.seeds)]
@@ -147,7 +157,7 @@ def main() -> None:
     default = f"bundled, {Bundled().load(data.classes, data.shape, cpu).steps} step"
     served = next(x for name, (x, _, _) in sets.items() if name.startswith(default))
     first = torch.stack([data.train_x[data.train_y == label][:6] for label in range(10)])
-    rest = [x.reshape(10, PER_CLASS, *data.shape)[:, :6] for x in (served, sets["gaussian"][0])]
+    rest = [x.reshape(10, count, *data.shape)[:, :6] for x in (served, sets["gaussian"][0])]
     picture([first, *rest], ROOT / f"docs/images/generator-{args.name}.png")
 
 

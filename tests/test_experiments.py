@@ -294,14 +294,20 @@ def test_a_table_runs(table, columns, tmp_path):
     assert len(list((tmp_path / "out").glob("smoke/*/runs/*"))) == len({each.key for each in runs})
 
 
-def test_rates_are_those_that_did_best() -> None:
-    """On validation images, of the grid that every method got; the cells are in the repository."""
+@pytest.mark.parametrize("family", ["fbl", "regl"])
+def test_rates_are_those_that_did_best(family: str) -> None:
+    """On validation images, of the grid that every method got, and beyond it where its edge was best; the cells are in
+    the repository."""
     folder = Path(__file__).parents[1] / "benchmarks/results/reproduce"
-    done = [read_cell(cell, folder) for cell in cells(experiment("fbl-rates"), "reduced")]
+    done = [read_cell(cell, folder) for cell in cells(experiment(f"{family}-rates"), "reduced")]
     assert {outcome.state for outcome in done} == {"done"}
     best: dict[str, tuple[float, float]] = {}
     for outcome in done:
         reached, rate = outcome.headline(), outcome.cell.config.local.lr
         assert reached is not None
         best[outcome.cell.row.key] = max(best.get(outcome.cell.row.key, (0.0, 0.0)), (reached, rate))
-    assert {row: rate for row, (_, rate) in best.items()} == protocols()["fbl"]["reduced"].rates
+    assert {row: rate for row, (_, rate) in best.items()} == protocols()[family]["reduced"].rates
+    tried: dict[str, set[float]] = {}
+    for outcome in done:
+        tried.setdefault(outcome.cell.row.key, set()).add(outcome.cell.config.local.lr)
+    assert [row for row, (_, rate) in best.items() if rate in (min(tried[row]), max(tried[row]))] == []

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from fedkeel.data.fashion import Fashion
 from fedkeel.errors import ConfigError, DataError, PoolError
 from fedkeel.generators.base import Source
-from fedkeel.generators.flow import CHUNK, Bundled, FlowConfig, FlowNet, amend, save
+from fedkeel.generators.flow import CHUNK, Bundled, FlowConfig, FlowNet, amend, euler, save
 from fedkeel.generators.folder import Folder
 from fedkeel.generators.gaussian import Gaussian, fit
 from fedkeel.generators.names import marks, match
@@ -236,6 +237,40 @@ def test_the_bundled_flow_knows_its_images() -> None:
     known = Bundled().load(DATA.classes, DATA.shape, CPU).trained_on
     assert len(known.unique()) == 10_000
     assert not torch.isin(marks(Fashion().load().train_x), known).any()
+
+
+def test_a_flow_that_predicts_the_image(tmp_path: Path) -> None:
+    """Its velocity leads from where it is to what it predicts, here a grey of 0.5: (0.5 - x) / (1 - t), with 1 - t no
+    less than 0.05; so Euler steps end there, however many. The file says what it predicts."""
+    config = FlowConfig(("cat",), (1, 8, 8), patch=4, widths=(16,), condition=16, predicts="image")
+    net = FlowNet(config)
+    nn.init.constant_(net.last.bias, 0.5)
+    x, ids = torch.randn(3, 1, 8, 8), torch.zeros(3, dtype=torch.int64)
+    t = torch.tensor([0.0, 0.75, 0.99])
+    by_hand = (0.5 - x) / torch.tensor([1.0, 0.25, 0.05]).reshape(3, 1, 1, 1)
+    torch.testing.assert_close(net(x, t, ids), by_hand)
+    for steps in (1, 5):
+        torch.testing.assert_close(euler(net, x, ids, steps), torch.full_like(x, 0.5))
+    path = tmp_path / "flow-grey.safetensors"
+    save(net, config, path, "grey")
+    made = Bundled(path=str(path)).load(("cat",), (1, 8, 8), CPU).generate([0], [0])
+    assert set(made.unique().tolist()) == {191}  # 1.5 * 127.5
+
+
+@pytest.mark.parametrize(
+    ("classes", "shape", "public"),
+    [(("Ship", "frog"), (3, 32, 32), 10_000), (("SeaLake", "Annual Crop"), (3, 64, 64), 2_000)],
+    ids=["cifar10", "eurosat"],
+)
+def test_the_other_bundled_flows(classes: tuple[str, ...], shape: tuple[int, int, int], public: int) -> None:
+    """Found by classes and size; their classes differ more than the images of one."""
+    source = Bundled(steps=2).load(classes, shape, CPU)
+    assert source.trained_on is not None and len(source.trained_on.unique()) == public
+    assert Bundled().load(classes, shape, CPU).steps == 8
+    x = source.generate([0] * 8 + [1] * 8, [*range(8)] * 2)
+    assert x.shape == (16, *shape) and x.dtype == torch.uint8
+    means = x.float().mean((2, 3))
+    assert (means[:8].mean(0) - means[8:].mean(0)).norm() > 20
 
 
 def test_marks() -> None:

@@ -41,6 +41,8 @@ BUNDLED = Path(__file__).parent / "bundled"
 HASHES = Path(__file__).parents[1] / "data/bundled"
 MARKS = "trained_on"
 """The tensor of a weights file that holds the marks of the images it was trained on."""
+NEAREST = 0.05
+"""How near t = 1 the velocity is still worked out from a predicted image: there it is divided by 1 - t."""
 CHUNK = 64
 """Images per pass through the network, always: short batches are padded, so that the batch size changes no image."""
 
@@ -49,7 +51,12 @@ CHUNK = 64
 class FlowConfig:
     """What a weights file says about itself. shape: channels, height, width; patch: side of the square of pixels folded
     into channels before the first convolution; widths: channels per level, each half the size of the one before; steps:
-    Euler steps that it is served with unless told otherwise."""
+    Euler steps that it is served with unless told otherwise; predicts: what comes out of the last convolution.
+
+    With large patches it should be the image (T. Li and K. He, "Back to Basics: Let Denoising Generative Models
+    Denoise", arXiv 2511.13720): a velocity has all of the noise in it, for which widths of no more channels than a
+    patch has values leave no room, and what is lost stays in the picture as noise.
+    """
 
     classes: tuple[str, ...]
     shape: tuple[int, int, int]
@@ -57,6 +64,7 @@ class FlowConfig:
     widths: tuple[int, ...] = (48, 96)
     condition: int = 128
     steps: int = 1
+    predicts: Literal["velocity", "image"] = "velocity"
 
 
 class ResBlock(nn.Module):
@@ -102,7 +110,7 @@ class FlowNet(nn.Module):
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
         channels, widths, condition = config.shape[0] * config.patch**2, config.widths, config.condition
-        self.patch = config.patch
+        self.patch, self.predicts = config.patch, config.predicts
         self.frequencies: Tensor
         self.register_buffer("frequencies", torch.logspace(0, 3, condition // 2) * 2, persistent=False)
         self.time = nn.Sequential(nn.Linear(condition, condition), nn.SiLU(), nn.Linear(condition, condition))
@@ -132,7 +140,10 @@ class FlowNet(nn.Module):
         for i in reversed(range(len(self.up))):
             h = self.grow[i](F.interpolate(h, size=skips[i].shape[-2:]))
             h = self.up[i](h + skips[i], condition)
-        return F.pixel_shuffle(self.last(F.silu(self.norm(h))), self.patch)
+        out = F.pixel_shuffle(self.last(F.silu(self.norm(h))), self.patch)
+        if self.predicts == "velocity":
+            return out
+        return (out - x) / (1 - t).clamp(min=NEAREST)[:, None, None, None]
 
 
 def euler(net: nn.Module, z: Tensor, labels: Tensor, steps: int) -> Tensor:
@@ -420,6 +431,7 @@ def read_config(path: Path) -> FlowConfig:
         tuple(values["widths"]),
         values["condition"],
         values.get("steps", 1),
+        values.get("predicts", "velocity"),
     )
 
 

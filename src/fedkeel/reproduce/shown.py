@@ -450,7 +450,23 @@ def as_text(shown: Shown, width: int) -> list[Table]:
 
 
 def as_markdown(shown: Shown) -> str:
-    """A page in Markdown: ours in the first line of a cell, the printed number in italics below it."""
+    """A page in Markdown."""
+    legend = f" {LEGEND} In italics: as printed." if shown.rows else ""
+    lines = [f"# {shown.title}", "", f"{shown.paper}.{legend}", ""]
+    lines += [f"**{shown.warning}**", ""] if shown.warning else []
+    lines += matrix(shown)
+    for each in shown.pictures:
+        image = f"![{each.alt}]({each.file})\n\n{each.caption}" if each.file else f"Not drawn: {each.missing}"
+        lines += ["", f"## {each.title}", "", image]
+    for heading, texts in below(shown):
+        if heading != "Pictures":
+            lines += ["", f"## {heading}", "", *(f"- {text}" for text in texts)]
+    return "\n".join([*lines, ""])
+
+
+def matrix(shown: Shown) -> list[str]:
+    """The table itself in Markdown: ours in the first line of a cell, the printed number in italics below it; no line
+    of a table without rows."""
 
     def cell(spot: Spot) -> str:
         mark = f" [{spot.mark}]" if spot.mark else ""
@@ -461,22 +477,14 @@ def as_markdown(shown: Shown) -> str:
     def plain(text: str) -> str:
         return text.replace("|", r"\|").replace("\n", " ")
 
-    legend = f" {LEGEND} In italics: as printed." if shown.rows else ""
-    lines = [f"# {shown.title}", "", f"{shown.paper}.{legend}", ""]
-    lines += [f"**{shown.warning}**", ""] if shown.warning else []
-    if shown.rows:
-        lines.append("| " + " | ".join(["", *(plain(column.label) for column in shown.columns)]) + " |")
-        lines.append("|---" + "|---:" * len(shown.columns) + "|")
+    if not shown.rows:
+        return []
+    lines = ["| " + " | ".join(["", *(plain(column.label) for column in shown.columns)]) + " |"]
+    lines.append("|---" + "|---:" * len(shown.columns) + "|")
     for row in shown.rows:
         cells = [plain(_label(row)), *(cell(shown.spots[row.key, column.key]) for column in shown.columns)]
         lines.append("| " + " | ".join(cells) + " |")
-    for each in shown.pictures:
-        image = f"![{each.alt}]({each.file})\n\n{each.caption}" if each.file else f"Not drawn: {each.missing}"
-        lines += ["", f"## {each.title}", "", image]
-    for heading, texts in below(shown):
-        if heading != "Pictures":
-            lines += ["", f"## {heading}", "", *(f"- {text}" for text in texts)]
-    return "\n".join([*lines, ""])
+    return lines
 
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'none'; base-uri 'none'"

@@ -1,0 +1,150 @@
+"""docs/evidence.md: verdicts by hand, and a page that says what the cells say."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+EVIDENCE = Path(__file__).parent.parent / "benchmarks" / "evidence"
+MODULES = ("judged", "claims")
+
+Numbers = dict[tuple[str, str], dict[int, float]]
+"""By row and column: what a method reached, by seed."""
+
+
+@pytest.fixture(scope="module")
+def judged() -> Iterator[ModuleType]:
+    """benchmarks/evidence/judged.py, which is no package: it imports its neighbours by name."""
+    sys.path.insert(0, str(EVIDENCE))
+    import judged
+
+    yield judged
+    sys.path.remove(str(EVIDENCE))
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def numbers(judged: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Numbers:
+    """What methods reached, in whatever table: filled by the test."""
+    found: Numbers = {}
+    monkeypatch.setattr(judged, "of", lambda table, row, column: found.get((row, column), {}))
+    return found
+
+
+def part(judged: ModuleType, values: dict[int, float], at_least: float = 0.0) -> Any:
+    return judged.Part("a − b", (("fbl-t3", "m2", "c10"), ("fbl-t3", "m1", "c10")), lambda: values, at_least)
+
+
+@pytest.mark.parametrize(
+    ("values", "at_least", "verdict"),
+    [
+        ({}, 0.0, "missing"),
+        ({1: 3.0}, 0.0, "missing"),
+        ({1: 3.0, 2: 0.1}, 0.0, "seen"),
+        ({1: 3.0, 2: 0.0}, 0.0, "open"),
+        ({1: 3.0, 2: -0.1}, 0.0, "open"),
+        ({1: -3.0, 2: -0.1, 3: -1.0}, 0.0, "contradicted"),
+        ({1: -0.5, 2: 0.3}, -1.0, "seen"),
+        ({1: 19.0, 2: 25.0}, 20.0, "open"),
+    ],
+)
+def test_verdict_of_a_difference(judged: ModuleType, values: dict[int, float], at_least: float, verdict: str) -> None:
+    assert part(judged, values, at_least).verdict() == verdict
+
+
+SEEN, OPEN, AGAINST, MISSING = {1: 1.0, 2: 2.0}, {1: 1.0, 2: -2.0}, {1: -1.0, 2: -2.0}, {1: 1.0}
+
+
+@pytest.mark.parametrize(
+    ("parts", "verdict"),
+    [
+        ([SEEN, SEEN], "holds"),
+        ([SEEN, OPEN], "holds in part"),
+        ([SEEN, AGAINST], "holds in part"),
+        ([OPEN, AGAINST], "does not hold"),
+        ([OPEN, OPEN], "open"),
+        ([MISSING, MISSING], "not run yet"),
+        ([SEEN, MISSING], "holds, as far as it was run"),
+        ([AGAINST, MISSING], "does not hold, as far as it was run"),
+    ],
+)
+def test_verdict_of_a_claim(judged: ModuleType, parts: list[dict[int, float]], verdict: str) -> None:
+    assert judged.Claim("FBL", "x", "y", [part(judged, values) for values in parts]).verdict() == verdict
+
+
+def test_a_claim_that_cannot_be_tested_says_so(judged: ModuleType) -> None:
+    claim = judged.Claim("FBL", "x", "y", [part(judged, SEEN)], untestable="no weights")
+    assert claim.verdict() == "cannot be tested here"
+
+
+def test_words_of_a_difference(judged: ModuleType) -> None:
+    """Mean of 3 and -1; one seed is shown but not judged."""
+    assert part(judged, {2: -1.0, 1: 3.0}).words() == "a − b: **+1.0** (+3.0, −1.0)"
+    assert part(judged, {1: 3.0}, -1.0).words() == "a − b: **+3.0** (+3.0, to be above −1.0; one seed, not judged)"
+    assert part(judged, {}).words() == "a − b: not run"
+
+
+def test_differences_are_taken_seed_by_seed(judged: ModuleType, numbers: Numbers) -> None:
+    """Seed 3 has only one of the two; best_of needs every baseline, and takes the best of each seed."""
+    numbers |= {
+        ("m1", "c10"): {1: 40.0, 2: 44.0},
+        ("m2", "c10"): {1: 42.0, 2: 43.0, 3: 90.0},
+        ("m3", "c10"): {1: 45.0, 2: 41.0},
+    }
+    assert judged.gap("fbl-t3", "m2", "m1", "c10").values() == {1: 2.0, 2: -1.0}
+    assert judged.best_of("fbl-t3", "m2", ["m1", "m3"], "c10").values() == {1: -3.0, 2: -1.0}
+    assert judged.best_of("fbl-t3", "m2", ["m1", "m3", "m4"], "c10").values() == {}
+    close = judged.within(judged.gap("fbl-t3", "m2", "m1", "c10"), 1.5)
+    assert close.values() == {1: -0.5, 2: 0.5} and close.verdict() == "open"
+
+
+def test_differences_of_differences(judged: ModuleType, numbers: Numbers) -> None:
+    """10 - 4 = 6 and 8 - 7 = 1 in the one column, 9 - 7 = 2 and 9 - 1 = 8 in the other."""
+    numbers |= {
+        ("fbl", "c10-01"): {1: 10.0, 2: 8.0},
+        ("fedavg", "c10-01"): {1: 4.0, 2: 7.0},
+        ("fbl", "c10-05"): {1: 9.0, 2: 9.0},
+        ("fedavg", "c10-05"): {1: 7.0, 2: 1.0},
+    }
+    found = judged.wider("fbl-t1", "fbl", "fedavg", "c10-01", "c10-05", "wider")
+    assert found.values() == {1: 4.0, 2: -7.0}
+    assert judged.rise("fbl-t1", "fbl", "c10-05", "c10-01").values() == {1: -1.0, 2: 1.0}
+
+
+def test_commands_run_a_claims_cells(judged: ModuleType) -> None:
+    parts = [judged.gap("fbl-t3", "m2", "m1", "c10"), judged.gap("fbl-x1", "fbl", "fbl-none30", "c10-03")]
+    assert judged.Claim("FBL", "x", "y", parts).commands() == [
+        "fedkeel reproduce fbl-t3 --rows m2,m1 --columns c10 --data FOLDER",
+        "fedkeel reproduce fbl-x1 --rows fbl,fbl-none30 --columns c10-03 --data FOLDER",
+    ]
+
+
+def test_every_claim_names_cells_that_there_are(judged: ModuleType) -> None:
+    """A part of a wrong row or column stops here, and every claim is judged or says why not."""
+    import claims
+
+    assert len(claims.CLAIMS) >= 25
+    for claim in claims.CLAIMS:
+        assert bool(claim.parts) != bool(claim.untestable), claim.text
+        for each in claim.parts:
+            each.values()
+
+
+def test_the_page_says_what_the_cells_say(judged: ModuleType) -> None:
+    """After new cells: `python benchmarks/evidence`."""
+    made = runpy.run_path(str(EVIDENCE / "__main__.py"))
+    assert made["PAGE"].read_text() == made["page"]()
+
+
+def test_every_judged_claim_has_a_sentence(judged: ModuleType) -> None:
+    import claims
+
+    judged_ones = [each for each in claims.CLAIMS if each.verdict() != "not run yet" and not each.untestable]
+    assert [each.text for each in judged_ones if not each.note] == []
