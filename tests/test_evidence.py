@@ -35,6 +35,7 @@ def numbers(judged: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Numbers:
     """What methods reached, in whatever table: filled by the test."""
     found: Numbers = {}
     monkeypatch.setattr(judged, "of", lambda table, row, column: found.get((row, column), {}))
+    monkeypatch.setattr(judged, "failed", lambda table, row, column: {2} if row == "m6" else set())
     return found
 
 
@@ -59,7 +60,8 @@ def test_verdict_of_a_difference(judged: ModuleType, values: dict[int, float], a
     assert part(judged, values, at_least).verdict() == verdict
 
 
-SEEN, OPEN, AGAINST, MISSING = {1: 1.0, 2: 2.0}, {1: 1.0, 2: -2.0}, {1: -1.0, 2: -2.0}, {1: 1.0}
+SEEN, OPEN, AGAINST = {1: 1.0, 2: 2.0, 3: 0.5}, {1: 1.0, 2: -2.0, 3: 1.0}, {1: -1.0, 2: -2.0, 3: -0.5}
+TWO, MISSING = {1: 1.0, 2: 2.0}, {1: 1.0}
 
 
 @pytest.mark.parametrize(
@@ -72,6 +74,7 @@ SEEN, OPEN, AGAINST, MISSING = {1: 1.0, 2: 2.0}, {1: 1.0, 2: -2.0}, {1: -1.0, 2:
         ([OPEN, OPEN], "open"),
         ([MISSING, MISSING], "not run yet"),
         ([SEEN, MISSING], "holds, as far as it was run"),
+        ([SEEN, TWO], "holds, as far as it was run"),
         ([AGAINST, MISSING], "does not hold, as far as it was run"),
     ],
 )
@@ -88,6 +91,7 @@ def test_words_of_a_difference(judged: ModuleType) -> None:
     """Mean of 3 and -1; one seed is shown but not judged."""
     assert part(judged, {2: -1.0, 1: 3.0}).words() == "a − b: **+1.0** (+3.0, −1.0)"
     assert part(judged, {1: 3.0}, -1.0).words() == "a − b: **+3.0** (+3.0, to be above −1.0; one seed, not judged)"
+    assert part(judged, {1: -0.04, 2: 0.04}).words() == "a − b: **+0.0** (+0.0, +0.0)"
     assert part(judged, {}).words() == "a − b: not run"
 
 
@@ -101,6 +105,7 @@ def test_differences_are_taken_seed_by_seed(judged: ModuleType, numbers: Numbers
     assert judged.gap("fbl-t3", "m2", "m1", "c10").values() == {1: 2.0, 2: -1.0}
     assert judged.best_of("fbl-t3", "m2", ["m1", "m3"], "c10").values() == {1: -3.0, 2: -1.0}
     assert judged.best_of("fbl-t3", "m2", ["m1", "m3", "m4"], "c10").values() == {}
+    assert judged.best_of("fbl-t3", "m2", ["m1", "m6"], "c10").values() == {2: -1.0}, "m6 diverged there"
     close = judged.within(judged.gap("fbl-t3", "m2", "m1", "c10"), 1.5)
     assert close.values() == {1: -0.5, 2: 0.5} and close.verdict() == "open"
 

@@ -45,8 +45,8 @@ def page() -> str:
         "A claim is made of differences between cells, in points, each taken seed by seed (**mean**, then each seed). "
         "It **holds** when all seeds agree in all of them, **holds in part** when they do in some, **does not hold** "
         "when a difference has the other sign in all seeds and none has the claimed one, and is **open** when seeds "
-        "disagree. Two or three seeds say little about a difference of a point or two; the sentences say where that "
-        "matters.",
+        "disagree; *as far as it was run* says that a difference or one of three seeds is missing. Two or three seeds "
+        "say little about a difference of a point or two; the sentences say where that matters.",
         "",
         *picture(),
         "| verdict | claims |",

@@ -20,8 +20,8 @@ from fedkeel.reproduce.tables import cells, experiment
 ROOT = Path(__file__).parents[2]
 CELLS = ROOT / "benchmarks/results/reproduce"
 PROFILE = "reduced"
-LEAST = 2
-"""Seeds below which a difference is not judged."""
+LEAST, SEEDS = 2, 3
+"""Seeds below which a difference is not judged, and seeds of which a claim says that it was run."""
 
 Values = dict[int, float]
 """By seed, in points (per cent of the test images)."""
@@ -77,7 +77,8 @@ class Claim:
         judged = [each for each in found if each != "missing"]
         if not judged:
             return "not run yet"
-        more = "" if len(judged) == len(found) else ", as far as it was run"
+        run = all(len(part.values()) >= SEEDS for part in self.parts)
+        more = "" if run else ", as far as it was run"
         if all(each == "seen" for each in judged):
             return "holds" + more
         if "seen" in judged:
@@ -97,7 +98,7 @@ class Claim:
 
 def signed(value: float) -> str:
     """One decimal, with a sign."""
-    return f"{value:+.1f}".replace("-", "−")
+    return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")  # no minus before a zero
 
 
 @cache
@@ -113,6 +114,13 @@ def of(table: str, row: str, column: str) -> Values:
     assert (row, column) in {key[:2] for key in found}, f"{table} has no {row} in {column}"
     values = {seed: outcome.headline() for (r, c, seed), outcome in found.items() if (r, c) == (row, column)}
     return {seed: 100 * value for seed, value in values.items() if value is not None}
+
+
+def failed(table: str, row: str, column: str) -> set[int]:
+    """Seeds of which the run failed: it diverged."""
+    return {
+        seed for (r, c, seed), found in outcomes(table).items() if (r, c) == (row, column) and found.state == "failed"
+    }
 
 
 def gap(table: str, a: str, b: str, column: str, label: str = "", at_least: float = 0.0) -> Part:
@@ -135,12 +143,14 @@ def wider(table: str, a: str, b: str, one: str, other: str, label: str) -> Part:
 
 
 def best_of(table: str, row: str, others: Sequence[str], column: str) -> Part:
-    """How far a row is above the best of the others, seed by seed; nothing before all of them were run."""
+    """How far a row is above the best of the others, seed by seed; nothing before all of them were run. One that
+    diverged is not the best."""
 
     def values() -> Values:
-        each = [of(table, other, column) for other in others]
-        seeds = set.intersection(*(set(found) for found in each))
-        return minus(of(table, row, column), {seed: max(found[seed] for found in each) for seed in seeds})
+        each = [(of(table, other, column), failed(table, other, column)) for other in others]
+        seeds = set.intersection(*(found.keys() | lost for found, lost in each))
+        best = {seed: max(found[seed] for found, _ in each if seed in found) for seed in seeds}
+        return minus(of(table, row, column), best)
 
     label = f"{name(table, row)} − the best of {len(others)} baselines, {head(table, column)}"
     return Part(label, tuple((table, each, column) for each in (row, *others)), values)

@@ -229,7 +229,10 @@ def _one(cell: Cell, folder: Path, data: Path | None, pools: Path | None, keep: 
     try:
         result = run(config, data=loaded(config), folder=place, listener=spent, resume=True, label=cell.row.label)
     except Exception as error:  # one cell's failure is a gap in a table, not the end of the others
-        text = str(error) if isinstance(error, FedkeelError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, FedkeelError):  # a user's mistake or a run that diverged: the words say it all
+            write_json(place / FAILED, {"error": str(error)})
+            return str(error)
+        text = f"{type(error).__name__}: {error}"
         write_json(place / FAILED, {"error": text, "trace": traceback.format_exc()})
         return text
     _write(path_of(cell, folder), _came_to(cell, result, spent.seconds()))
