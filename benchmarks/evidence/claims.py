@@ -1,179 +1,181 @@
 """The claims of the two papers, and controls of our own, as differences between cells.
 
-`note` says what we make of a claim's figures; it is written by hand, after the cells were there.
+`note` says what we make of a claim's figures; it is written by hand, after the cells were there. Reasons that nothing
+here measured are called suspicions.
 """
 
 from __future__ import annotations
 
-from judged import Claim, best_of, gap, head, rise, smaller, wider, within
+from judged import Claim, Part, at, best_of, gap, head, relative, rise
 
 BASELINES = ("fedavg", "fedprox", "scaffold", "moon", "fedgen", "feddyn", "fedntd", "fedcda")
 SIX = ("fedavg", "fedprox", "scaffold", "moon", "fedgen", "feddyn")
 DRIFT = ("fedprox", "scaffold", "fednova", "fedopt", "moon", "fedalign", "dynafed")
+PERSONAL = ("separate", "fedavg", "fedrep", "fedbn", "fedamp", "pfedgate", "fedcac")
+ALPHAS = ("c10-01", "c10-03", "c10-05")
+SKEWS = ("fruit-001", "fruit-05", "eurosat-001", "eurosat-05")
+BOTH = (("fruit", "food"), ("eurosat", "EuroSAT"))
+
+
+def saturates(column: str) -> Part:
+    """A quarter of the gain from 0 to 40% less the gain from 40 to 75%."""
+    first, second = gap("fbl-t4", "fbl-40", "fbl", column), gap("fbl-t4", "fbl-75", "fbl-40", column)
+    words = f"a quarter of the gain from 0 to 40% − the gain from 40 to 75%, {head('fbl-t4', column)}"
+    return (0.25 * first - second).called(words)
+
+
 CLAIMS = (
     Claim(
         "FBL",
         "FBL beats every baseline under strong skew (CIFAR-10, α = 0.1)",
         "FBL 76.06, best baseline 59.98 (FedCDA)",
-        [best_of("fbl-t1", "fbl", BASELINES, "c10-01")],
-        note=(
-            "The best baseline is FedNTD here, FedCDA in the paper; the margin is far below the printed sixteen "
-            "points, as the generator's images are far from Stable Diffusion's."
-        ),
+        [
+            best_of("fbl-t1", "fbl", BASELINES, "c10-01"),
+            best_of("fbl-t1", "fbl", (*BASELINES, "scaffold-samples"), "c10-01", "these and SCAFFOLD by samples"),
+        ],
+        note="SCAFFOLD averages clients uniformly, as its paper does; at this skew some clients are tiny. Weighed by "
+        "samples it is the strongest baseline, and the second line is the one to go by. The margin is a fraction of "
+        "the printed sixteen points; real public images in place of the generator's (control below) do not close that.",
     ),
     Claim(
         "FBL",
         "FBL beats every baseline under weaker skew (CIFAR-10, α = 0.3 and 0.5)",
         "FBL 81.62 and 84.58, best baselines 78.85 and 82.95 (FedDyn)",
-        [best_of("fbl-t1", "fbl", BASELINES, "c10-03"), best_of("fbl-t1", "fbl", BASELINES, "c10-05")],
+        [best_of("fbl-t1", "fbl", BASELINES, column) for column in ("c10-03", "c10-05")],
     ),
     Claim(
         "FBL",
         "FBL gains most over FedAvg where skew is strongest",
-        "+19.46 at α = 0.1, +15.33 at α = 0.5",
-        [wider("fbl-t1", "fbl", "fedavg", "c10-01", "c10-05", "gain at α = 0.1 − gain at α = 0.5")],
+        "+19.46 points (34.4%) at α = 0.1, +15.33 (22.1%) at α = 0.5",
+        [
+            (gap("fbl-t1", "fbl", "fedavg", "c10-01") - gap("fbl-t1", "fbl", "fedavg", "c10-05")).called(
+                "gain in points at α = 0.1 − at α = 0.5"
+            ),
+            (
+                relative(at("fbl-t1", "fbl", "c10-01"), at("fbl-t1", "fedavg", "c10-01"), "")
+                - relative(at("fbl-t1", "fbl", "c10-05"), at("fbl-t1", "fedavg", "c10-05"), "")
+            ).called("gain in per cent of FedAvg at α = 0.1 − at α = 0.5"),
+        ],
     ),
     Claim(
         "FBL",
-        "Clients that may train on more data raise the accuracy (25% of them unconstrained)",
-        "α = 0.1: +3.15; α = 0.3: +2.26; α = 0.5: +0.37",
-        [gap("fbl-t1", "fbl-25", "fbl", column) for column in ("c10-01", "c10-03", "c10-05")],
-        note=(
-            "They make more steps too: 2.7 times FBL's at 25% of the clients. FBL that cuts nothing gains as much "
-            "with 1.7 times the steps (claim below)."
-        ),
+        "Clients that may train on more data raise the accuracy (25 and 50% of them unconstrained)",
+        "over FBL, 25%: +3.15, +2.26, +0.37 at α = 0.1, 0.3, 0.5; 50%: +3.82, +1.66, +1.31",
+        [gap("fbl-t1", row, "fbl", column) for row in ("fbl-25", "fbl-50") for column in ALPHAS],
+        note="They make more steps too, two to three times FBL's. FBL that cuts nothing gains as much with 1.7 times "
+        "the steps ([below](#claim-cut)).",
     ),
     Claim(
         "FBL",
         "That gain saturates at λ of 25 to 40%",
-        "α = 0.1: 76.06, 79.21 (25%), 79.69 (40%), 79.81 (75%)",
-        [
-            smaller(
-                gap("fbl-t4", "fbl-75", "fbl-40", column),
-                gap("fbl-t4", "fbl-40", "fbl", column),
-                f"gain from 0 to 40% − gain from 40 to 75%, {head('fbl-t4', column)}",
-            )
-            for column in ("c10-01", "c10-05")
-        ],
+        "α = 0.1: 76.06, 79.21 (25%), 79.69 (40%), 79.81 (75%); α = 0.5: 84.58, 84.95, 85.38, 85.92, which does not",
+        [saturates("c10-01"), saturates("c10-05")],
     ),
     Claim(
         "FBL",
         "FBL is best where clients hold few classes each (shards)",
         "Shards(4): 80.74, best baseline 78.98 (MOON); Shards(8): 82.62, 80.42 (MOON)",
-        [best_of("fbl-t2a", "fbl", SIX, "c10-shards4"), best_of("fbl-t2a", "fbl", SIX, "c10-shards8")],
+        [best_of("fbl-t2a", "fbl", SIX, column) for column in ("c10-shards4", "c10-shards8")],
     ),
     Claim(
         "FBL",
         "FBL is best with 50 and with 100 clients",
         "75.27 (best baseline 72.39) and 66.28 (63.78)",
-        [best_of("fbl-t2b", "fbl", SIX, "c10-50"), best_of("fbl-t2b", "fbl", SIX, "c10-100")],
+        [best_of("fbl-t2b", "fbl", SIX, column) for column in ("c10-50", "c10-100")],
     ),
     Claim(
         "FBL",
-        "FBL loses less to noise on images than the others",
-        "Tiny-ImageNet, noise 0.01 to 0.1: FBL −1.06, FedAvg −4.37",
-        untestable="the table is defined on the whole of Tiny-ImageNet, of which ten classes were to be had here",
+        "FBL loses less to noise on images than FedAvg (0.01 to 0.1)",
+        "Tiny-ImageNet: FBL −1.06, FedAvg −4.37",
+        [
+            (
+                rise("fbl-t2c", "fedavg", "c10-noise001", "c10-noise01")
+                - rise("fbl-t2c", "fbl", "c10-noise001", "c10-noise01")
+            ).called("FedAvg's loss − FBL's loss, CIFAR-10 α=0.5")
+        ],
     ),
     Claim(
         "FBL",
         "Keeping the samples of highest loss is better than a random cut (M2 over M1)",
         "CIFAR-10: 76.84 against 75.16",
         [gap("fbl-t3", "m2", "m1", "c10")],
-        note=(
-            "Within a point of each other. At α = 0.3 the seven variants of FBL lie within a point and a half, "
-            "about what a seed moves."
-        ),
+        note="At α = 0.3 the seven variants of FBL lie within a point and a half, about what a seed moves.",
     ),
     Claim(
         "FBL",
         "Alignment without drop hurts (M3 below M2)",
         "CIFAR-10: 74.51 against 76.84",
         [gap("fbl-t3", "m2", "m3", "c10")],
-        note=(
-            "It does not hurt here. Offsets of 32x32 CIFAR-10 images move features little, as synthetic ones of "
-            "the bundled flow are of the same kind as the real ones: there is little to align. Stable Diffusion's "
-            "are further away."
-        ),
+        note="What sign there is says that it helps a little. We suspect that there is little to align: the images of "
+        "the bundled flow were learned from this data set, those of Stable Diffusion were not.",
     ),
     Claim(
         "FBL",
         "Alignment with drop helps (M4 above M2)",
         "CIFAR-10: 80.84 against 76.84",
         [gap("fbl-t3", "m4", "m2", "c10")],
-        note="The sign is the paper's, a fifth of its size; see the claim above for why.",
+        note="The sign is the paper's, a fifth of its size.",
     ),
     Claim(
         "FBL",
         "A little replay is best: γ = 10% above 0%, 70% and 90%",
         "CIFAR-10: 81.62; 80.84, 80.14, 79.84",
         [gap("fbl-t3", "m7", other, "c10") for other in ("m4", "m6", "m5")],
-        note="Nothing here tells the ratios apart for sure; the highest, 70 and 90%, tend to be below.",
+        note="Nothing here tells the ratios apart.",
     ),
     Claim(
         "FBL",
-        "The replay period matters: a middle one is best",
-        "Fig. 4b; its values are not in the text",
-        [
-            rise("fbl-f4b", "fbl", "m50", "m10", "m = 50 − m = 10"),
-            rise("fbl-f4b", "fbl", "m50", "never", "m = 50 − never"),
-        ],
-        note=(
-            "From the shortest period (m = 10) to no renewal at all the accuracy moves by half a point; what "
-            "trend there is favours renewing often, not in the middle."
-        ),
+        "The replay period matters (Fig. 4b; m = 50 above shorter and longer ones)",
+        "a figure; its values are not in the text",
+        [rise("fbl-f4b", "fbl", "m50", other) for other in ("m10", "m25", "m100", "never")],
+        note="From the shortest period to no renewal at all the accuracy moves by half a point. m = 50 of 200 is "
+        "8 of 30 here.",
     ),
     Claim(
         "FBL",
-        "Clients that cannot generate cost little: 30% of them, less than two points",
+        "Clients that cannot generate cost little (30% of them)",
         "80.8 against 81.62",
-        [within(gap("fbl-x1", "fbl", "fbl-none30", "c10-03"), 2.0)],
-        note="Clients that cannot generate train as in FedAvg; the others' balance carries over.",
+        [gap("fbl-x1", "fbl-none30", "fbl", "c10-03", above=-2.0)],
+        note="The bound of two points is ours; what FBL gains over FedAvg at this skew is in Table I.",
     ),
     Claim(
         "FBL",
-        "FBL is above FedAvg on EuroSAT, on which Stable Diffusion was not trained",
-        "84.42 against 82.7 (α = 0.3)",
+        "FBL is above FedAvg on EuroSAT (α = 0.3)",
+        "84.42 against 82.7",
         [gap("fbl-x2", "fbl", "fedavg", "eurosat-03")],
     ),
     Claim(
         "FBL",
-        "Constrained FBL is weak where classes are many and skew is strong, and unconstrained clients mend it",
-        "Tiny-ImageNet, α = 0.1: FBL 25.61 below FedAvg 28.04; FBL (50%) 35.72",
-        [
-            gap("fbl-t1", "fedavg", "fbl", "c100-01"),
-            gap("fbl-t1", "fbl-50", "fedavg", "c100-01"),
-        ],
+        "Under strong skew with many classes FBL gains little, with unconstrained clients much",
+        "CIFAR-100, α = 0.1: FedAvg 33.89, FBL 36.52, FBL (50%) 48.47; Tiny-ImageNet: 28.04, 25.61, 35.72",
+        [gap("fbl-t1", "fbl", "fedavg", "c100-01"), gap("fbl-t1", "fbl-50", "fbl", "c100-01")],
     ),
     Claim(
         "FBL",
-        "FedProx, MOON and FedNTD fall below FedAvg at α = 0.1 but are above it at α = 0.5",
+        "FedProx, MOON and FedNTD are below FedAvg at α = 0.1 and above it at α = 0.5 (as Table I prints them)",
         "α = 0.1: −4.1, −5.2, −1.9; α = 0.5: +9.4, +10.2, +11.2",
         [
             *(gap("fbl-t1", "fedavg", row, "c10-01") for row in ("fedprox", "moon", "fedntd")),
             *(gap("fbl-t1", row, "fedavg", "c10-05") for row in ("fedprox", "moon", "fedntd")),
         ],
-        note=(
-            "With a rate tuned for each method FedNTD is the best baseline and FedProx is FedAvg within a point, "
-            "as its μ of 0.01 suggests; only MOON (μ = 5) falls below."
-        ),
+        note="With a rate tuned for each method FedProx is FedAvg within a point, as its μ of 0.01 suggests; only MOON "
+        "(μ = 5) is below it at α = 0.1.",
     ),
     Claim(
         "FBL",
-        "FedGen is below FedAvg at every skew",
+        "FedGen is below FedAvg at every skew (as Table I prints it)",
         "−14.5, −15.9, −10.1",
-        [gap("fbl-t1", "fedavg", "fedgen", column) for column in ("c10-01", "c10-03", "c10-05")],
-        note=(
-            "Its rate is 0.001, a tenth of the other methods': the grid was extended for it. With the rates of "
-            "the first grid it was two to three points below FedAvg."
-        ),
+        [gap("fbl-t1", "fedavg", "fedgen", column) for column in ALPHAS],
+        note="It depends on the rate. The first grid ended at 0.003, where it was two to three points below; the "
+        "grid was then extended, its rate is 0.001 now, and it is level.",
     ),
     Claim(
         "ReGL",
         "More global data help FedAvg, for the global model and for the clients' own",
-        "0% to 30%: 36.3 to 55.8, and 38.6 to 57.3",
+        "0% to 30%: 36.3 to 55.8, and 38.6 to 57.3 (the text says ImageFruit; the values are ImageNet100's)",
         [
             rise("regl-t1", row, f"{data}-share30", f"{data}-share0")
-            for data in ("fruit", "eurosat")
+            for data, _ in BOTH
             for row in ("fedavg", "fedavg-personal")
         ],
     ),
@@ -186,30 +188,46 @@ CLAIMS = (
             for column in ("fruit-001", "eurosat-001")
             for a, b in (("regl-ft", "regl-tf"), ("regl-tf", "dynafed"), ("dynafed", "fedavg"))
         ],
+        note="ReGL is far above DynaFed. Tuning adds nothing to generators as small as these, for food a Gaussian; and "
+        "DynaFed, whose trajectory is the first ten rounds of twenty here, does not gain on FedAvg.",
     ),
     Claim(
         "ReGL",
-        "ReGL is above every baseline, at both degrees of skew",
-        "ReGL (TF) over the best (DynaFed): +30.5, +11.4, +22.0, +4.4",
-        [
-            best_of("regl-t2", "regl-tf", ("fedavg", *DRIFT), column)
-            for column in ("fruit-001", "fruit-05", "eurosat-001", "eurosat-05")
-        ],
+        "ReGL (TF) is above every baseline, at both degrees of skew",
+        "over the best, DynaFed: ImageFruit +30.5 (β = 0.01) and +11.4 (0.5), EuroSAT +22.0 and +4.4",
+        [best_of("regl-t2", "regl-tf", ("fedavg", *DRIFT), column) for column in SKEWS],
+        note="By far at β = 0.01; at β = 0.5 it is level with the best of the baselines.",
     ),
     Claim(
         "ReGL",
         "ReGL's gain over FedAvg is far larger at β = 0.01 than at 0.5",
         "ImageFruit +48.6 and +27.6; EuroSAT +35.9 and +20.4",
         [
-            wider("regl-t2", "regl-ft", "fedavg", f"{data}-001", f"{data}-05", f"{words}: gain at 0.01 − gain at 0.5")
-            for data, words in (("fruit", "ImageFruit"), ("eurosat", "EuroSAT"))
+            (
+                gap("regl-t2", "regl-ft", "fedavg", f"{data}-001") - gap("regl-t2", "regl-ft", "fedavg", f"{data}-05")
+            ).called(f"{words}: gain at 0.01 − gain at 0.5", above=5.0)
+            for data, words in BOTH
         ],
+        note="The bound of five points is ours.",
+    ),
+    Claim(
+        "ReGL",
+        "ReGL (FT) reaches the centralised model at β = 0.5",
+        "ImageFruit 78.8 and 78.2, the others likewise but for EuroSAT, 93.3 and 95.6",
+        [
+            (at("regl-t2", "regl-ft", f"{data}-05") - at("regl-t2", "centralized", f"{data}-001")).called(
+                f"ReGL (FT) at β=0.5 − Centralized, {words}", above=-1.0
+            )
+            for data, words in BOTH
+        ],
+        note="The paper's reason is a generator that has seen far more images than all clients together; those here "
+        "have seen fewer. The centralised model makes half of ReGL's steps, at FedAvg's rate.",
     ),
     Claim(
         "ReGL",
         "With one class per client FedAvg collapses and ReGL does not",
         "ImageFruit 11.9 and 72.5; EuroSAT 36.9 and 88.1",
-        [gap("regl-t3", "regl-ft", "fedavg", column, at_least=20.0) for column in ("fruit", "eurosat")],
+        [gap("regl-t3", "regl-ft", "fedavg", column, above=20.0) for column, _ in BOTH],
     ),
     Claim(
         "ReGL",
@@ -222,11 +240,19 @@ CLAIMS = (
     ),
     Claim(
         "ReGL",
-        "Personal models: ReGL (FT) is above the best baseline, FedCAC",
-        "on average +14.3 at β = 0.01, +28.4 at β = 0.5",
+        "Personal models: ReGL (FT) is above every baseline",
+        "over the best, FedCAC, on average +14.3 at β = 0.01, +28.4 at β = 0.5 (the text: 15, and over 30)",
+        [best_of("regl-t4", "regl-ft", PERSONAL, column) for column in SKEWS],
+    ),
+    Claim(
+        "ReGL",
+        "That gain is larger at β = 0.5 than at 0.01",
+        "28.4 and 14.3 points over FedCAC",
         [
-            gap("regl-t4", "regl-ft", "fedcac", column)
-            for column in ("fruit-001", "fruit-05", "eurosat-001", "eurosat-05")
+            (
+                gap("regl-t4", "regl-ft", "fedcac", f"{data}-05") - gap("regl-t4", "regl-ft", "fedcac", f"{data}-001")
+            ).called(f"{words}: gain over FedCAC at 0.5 − at 0.01")
+            for data, words in BOTH
         ],
     ),
     Claim(
@@ -234,134 +260,149 @@ CLAIMS = (
         "ReGL hardly depends on the skew: from β = 0.01 to IID it changes less than FedAvg does",
         "ReGL 77.3 to 81.0, FedAvg 30.1 to 73.6",
         [
-            smaller(
-                rise("regl-t5", "regl-ft", "fruit-iid", "fruit-001"),
-                rise("regl-t5", "fedavg", "fruit-iid", "fruit-001"),
-                "FedAvg's rise − ReGL's rise, ImageFruit",
-            )
+            (
+                rise("regl-t5", "fedavg", f"{data}-iid", f"{data}-001")
+                - rise("regl-t5", "regl-ft", f"{data}-iid", f"{data}-001")
+            ).called(f"FedAvg's rise − ReGL's rise, {words}")
+            for data, words in BOTH
         ],
     ),
     Claim(
         "ReGL",
-        "ReGL is above FedAvg even under IID",
-        "81.0 against 73.6",
-        [gap("regl-t5", "regl-ft", "fedavg", "fruit-iid")],
+        "ReGL is above the others even under IID",
+        "81.0; the best of the others 76.6 (MOON). The text says 15% more; the table has 4.4 to 7.4 points",
+        [
+            best_of("regl-t5", "regl-ft", ("fedavg", "fedprox", "fednova", "fedopt", "moon"), "fruit-iid"),
+            best_of("regl-t5", "regl-ft", ("fedavg", "moon"), "eurosat-iid"),
+        ],
     ),
     Claim(
         "ReGL",
-        "ReGL is the best at every number of local epochs, and keeps its accuracy with many",
+        "ReGL is the best at every number of local epochs",
         "β = 0.01, E = 1, 5, 10, 20: 60.7, 77.3, 76.8, 77.0",
-        [gap("regl-t6", f"regl-ft-e{e}", f"fedavg-e{e}", "fruit-001") for e in (1, 5, 10, 20)],
+        [
+            best_of("regl-t6", f"regl-ft-e{e}", [f"{row}-e{e}" for row in ("fedavg", "fednova", "moon")], column)
+            for column in ("fruit-001", "fruit-05")
+            for e in (1, 5, 10, 20)
+        ],
     ),
     Claim(
         "ReGL",
-        "ReGL stays as clients grow in number while the others fall (5 to 100)",
+        "ReGL keeps its accuracy with many local epochs (E = 20 against 5)",
+        "β = 0.01: 77.0 and 77.3",
+        [
+            gap("regl-t6", "regl-ft-e20", "regl-ft-e5", column, above=-2.0)
+            for column in ("fruit-001", "fruit-05", "eurosat-001", "eurosat-05")
+        ],
+    ),
+    Claim(
+        "ReGL",
+        "ReGL stays as clients grow in number (5 to 100) while the others fall",
         "ReGL 77.3 to 76.2, FedAvg 30.1 to 9.1",
         [
-            smaller(
-                rise("regl-t7", "regl-ft", "fruit-m5", "fruit-m100"),
-                rise("regl-t7", "fedavg", "fruit-m5", "fruit-m100"),
-                "FedAvg's loss − ReGL's loss, ImageFruit",
+            rise("regl-t7", "regl-ft", "fruit-m100", "fruit-m5", above=-5.0),
+            *(rise("regl-t7", row, "fruit-m5", "fruit-m100") for row in ("fedavg", "moon")),
+            *(
+                (
+                    rise("regl-t7", row, "fruit-m5", "fruit-m100")
+                    - rise("regl-t7", "regl-ft", "fruit-m5", "fruit-m100")
+                ).called(f"{words}'s loss − ReGL's loss, 5 to 100 clients")
+                for row, words in (("fedavg", "FedAvg"), ("moon", "MOON"))
             ),
-            within(rise("regl-t7", "regl-ft", "fruit-m100", "fruit-m5"), 5.0),
         ],
     ),
     Claim(
         "ReGL",
         "Accuracy grows with the synthetic images per class and flattens",
-        "ImageNet100: 60 at 500, 77 at 2,000; 2,000 is taken",
+        "ImageNet100: 60 at 500, 77 at 2,000; 2,000 is taken. A tenth of the images here",
         [
             rise("regl-f5", "regl-ft", "fruit-v2000", "fruit-v500"),
-            smaller(
-                rise("regl-f5", "regl-ft", "fruit-v4000", "fruit-v2000"),
-                rise("regl-f5", "regl-ft", "fruit-v2000", "fruit-v500"),
-                "gain from 500 to 2,000 − gain from 2,000 to 4,000",
-            ),
+            (
+                0.5 * rise("regl-f5", "regl-ft", "fruit-v2000", "fruit-v500")
+                - rise("regl-f5", "regl-ft", "fruit-v4000", "fruit-v2000")
+            ).called("gain of a doubling up to 2,000 − gain from 2,000 to 4,000"),
         ],
-    ),
-    Claim(
-        "ReGL",
-        "ReGL (FT) reaches or exceeds the centralised model at β = 0.5",
-        "ImageFruit 78.8 and 78.2; EuroSAT 93.3 and 95.6",
-        untestable="its reason is a generator that has seen far more images than the clients; those here were trained "
-        "on fewer",
     ),
     Claim(
         "both",
         "Stable Diffusion's images are what balances clients so well",
-        "all tables",
-        untestable="its weights were not to be had here; the code runs on small weights of the same classes "
-        "(docs/stable-diffusion.md). The generators used here know the classes from public images of the same data set",
+        "the gains in all tables",
+        untestable="Its weights were not to be had here; the code runs on small weights of the same classes "
+        "([how](stable-diffusion.md)). The generators used here know the classes from public images of the same data "
+        "set, which is another setting.",
     ),
     Claim(
         "ours",
-        "The printed optimiser and a tuned one put FBL and FedAvg in the same order",
-        "the reference asks for both: the paper's baselines do not fit one optimiser",
-        [gap("fbl-t1", "fbl", "fedavg", "c10-01"), gap("fbl-t1", "fbl", "fedavg", "c10-01+printed")],
-        note=(
-            "The printed rate is a tenth of the tuned one, and its momentum is next to none: after 30 rounds all "
-            "methods are far from trained."
-        ),
+        "FBL is above FedAvg with the printed optimiser too",
+        "76.06 against 56.60; the paper's baselines do not fit one optimiser",
+        [gap("fbl-t1", "fbl", "fedavg", "c10-01+printed")],
     ),
     Claim(
         "ours",
         "The cut is worth it (FBL above FBL that fills and cuts nothing, which makes more steps)",
         "not in the paper; a prototype had it the other way round",
-        [gap("fbl-t1", "fbl", "fbl-nocut", column) for column in ("c10-01", "c10-03", "c10-05")],
-        note=(
-            "At α = 0.1 the balance point leaves FBL 31 to 33% of its clients' real images; two thirds of what "
-            "they train on is synthetic. Cutting nothing keeps all of them beside the same synthetic ones: 1.7 "
-            "times the samples, and more accuracy. The paper's budget (no client's data grow) is what the cut is "
-            "for; it is not an accuracy device here."
-        ),
+        [gap("fbl-t1", "fbl", "fbl-nocut", column) for column in ALPHAS],
+        key="cut",
+        note="At α = 0.1 the balance point leaves FBL 31 to 33% of its clients' real images; two thirds of what they "
+        "train on is synthetic. Cutting nothing keeps all of them beside the same synthetic ones: 1.7 times the "
+        "samples, and more accuracy. The cut keeps clients within their budget; it is no device for accuracy here.",
     ),
     Claim(
         "ours",
-        "What the cut costs is made up by steps (FBL with 3 local epochs above FBL that cuts nothing)",
+        "More steps make up for the cut (FBL with 3 local epochs level with FBL that cuts nothing)",
         "not in the paper",
-        [gap("fbl-t1", "fbl-e3", "fbl-nocut", "c10-01")],
-        note="So it is the real images that are missed, not the steps.",
+        [gap("fbl-t1", "fbl-e3", "fbl-nocut", "c10-01", above=-1.0)],
+        note="1.5 times FBL's steps against 1.65 times: half as many more steps win next to nothing, so most of the "
+        "difference is the real images.",
     ),
     Claim(
         "ours",
         "Choosing by loss beats a fresh random choice every round, of the same budget",
         "not in the paper",
-        [gap("fbl-t1", "fbl", "fbl-fresh", column) for column in ("c10-01", "c10-03", "c10-05")],
-        note=(
-            "A random choice, drawn anew every round, sees all of the real images in the course of training. By "
-            "loss the same hard ones stay for a replay period."
-        ),
+        [gap("fbl-t1", "fbl", "fbl-fresh", column) for column in ALPHAS],
+        note="The control changes two things at once, the choice and how often it is made. We suspect the second: a "
+        "client sees all of its real images in the course of training.",
     ),
     Claim(
         "ours",
         "A learned generator fills better than a Gaussian per class",
         "not in the paper",
-        [gap("fbl-t1", "fbl", "fbl-gaussian", column) for column in ("c10-01", "c10-03", "c10-05")],
-        note=(
-            "As in the [card](generator-card.md): a Gaussian per class fills as well as the bundled flow. What "
-            "balancing gives here is mostly the balance, not the pictures."
-        ),
+        [gap("fbl-t1", "fbl", "fbl-gaussian", column) for column in ALPHAS],
+        note="As in the [card](generator-card.md): a Gaussian per class fills as well as the bundled flow.",
     ),
     Claim(
         "ours",
-        "A learned generator fills as well as real public images do (at most one point below)",
+        "A learned generator fills as well as 500 real public images, used again and again",
         "not in the paper",
-        [gap("fbl-t1", "fbl", row, "c10-01", at_least=-1.0) for row in ("fbl-public500", "fbl-public")],
-        note=(
-            "500 images, used again and again, do less than the flow, all 10,000 do more. They are what the flow "
-            "was trained on."
-        ),
+        [gap("fbl-t1", "fbl", "fbl-public500", "c10-01", above=-1.0)],
+        note="Better even; 500 images used again and again are soon known by heart.",
+    ),
+    Claim(
+        "ours",
+        "A learned generator fills as well as all of the public images it learned from",
+        "not in the paper",
+        [gap("fbl-t1", "fbl", "fbl-public", "c10-01", above=-1.0)],
+        note="There are 10,000 of them, as many as all clients together have.",
     ),
     Claim(
         "ours",
         "Balancing does more than handing FedAvg's clients the public images that the generator learned from",
         "not in the paper",
-        [gap("fbl-t1", "fbl", "fedavg-public", column) for column in ("c10-01", "c10-03", "c10-05")],
-        note=(
-            "It does not, by far: where 1,000 public images of each class can be had, the plain thing to do is to "
-            "give them to the clients. FBL is for the case in which there are none and the generator comes from "
-            "elsewhere (Stable Diffusion); a generator fitted to public images of the task, as here, cannot show "
-            "that."
-        ),
+        [gap("fbl-t1", "fbl", "fedavg-public", column) for column in ALPHAS],
+        note="It does not, by far, though with twice FBL's steps: where 1,000 public images of each class can be had, "
+        "the plain thing to do is to give them to the clients. FBL is for the case in which there are none and the "
+        "generator comes from elsewhere; one that was fitted to public images of the task cannot show that.",
+    ),
+    Claim(
+        "ours",
+        "ReGL's gain is more than its steps (above FedAvg with 4 local epochs, as many steps)",
+        "not in the paper",
+        [gap("regl-t2", "regl-tf", "fedavg-e4", column) for column in SKEWS],
+    ),
+    Claim(
+        "ours",
+        "ReGL's images do as well as real public ones in their place",
+        "not in the paper",
+        [gap("regl-t2", "regl-tf", "regl-public", column, above=-1.0) for column in SKEWS],
     ),
 )

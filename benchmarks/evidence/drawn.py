@@ -13,15 +13,24 @@ from fedkeel.report.plots import FAINT, INK, PALETTE, heading, paper
 PICTURE = ROOT / "docs/images/evidence.png"
 TABLE, COLUMNS = "fbl-t1", ("c10-01", "c10-03", "c10-05")
 BASELINES = ("fedgen", "moon", "fedprox", "fedavg", "scaffold", "fedcda", "feddyn", "fedntd")
-OURS = ("fbl", "fbl-25", "fbl-50", "regl")
-CONTROLS = ("fbl-fresh", "fbl-gaussian", "fbl-public500", "fbl-public", "fbl-nocut", "fedavg-public")
-GROUPS = ((BASELINES, "#555555"), (OURS, PALETTE[0]), (CONTROLS, PALETTE[1]))
+BALANCED = ("fbl", "fbl-25", "fbl-50", "regl")
+CONTROLS = (
+    "scaffold-samples",
+    "fbl-fresh",
+    "fbl-e3",
+    "fbl-gaussian",
+    "fbl-public500",
+    "fbl-public",
+    "fbl-nocut",
+    "fedavg-public",
+)
+GROUPS = ((BASELINES, "#555555"), (BALANCED, PALETTE[0]), (CONTROLS, PALETTE[1]))
 """Each with its colour, from top to bottom."""
 
 
 def there() -> list[str]:
     """The columns in which every method was run."""
-    return [column for column in COLUMNS if all(of(TABLE, row, column) for row in (*BASELINES, *OURS))]
+    return [column for column in COLUMNS if all(of(TABLE, row, column) for row in (*BASELINES, *BALANCED))]
 
 
 def said() -> list[str]:

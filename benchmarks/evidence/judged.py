@@ -1,18 +1,19 @@
 """Differences between cells, seed by seed, and what they say about a claim.
 
 Methods of one seed have the same clients, the same first weights and the same cohorts, so differences are taken seed by
-seed. A difference counts as seen when all seeds have its sign, as contradicted when all have the other one, else as
-open. A claim holds when all of its differences are seen, and fails when one is contradicted and none is seen; between
-these it holds in part. What was not run is said, never guessed.
+seed. One counts as seen when all seeds have its sign, their mean is a point or more and more than two standard errors
+from nothing; as contradicted when all of that holds the other way; else as open. A claim holds when all of its
+differences are seen, and fails when one is contradicted and none is seen; between these it holds in part. A run that
+diverged counts as chance. What was not run is said, never guessed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 from fedkeel.reproduce.cells import Outcome, read
 from fedkeel.reproduce.tables import cells, experiment
@@ -22,6 +23,8 @@ CELLS = ROOT / "benchmarks/results/reproduce"
 PROFILE = "reduced"
 LEAST, SEEDS = 2, 3
 """Seeds below which a difference is not judged, and seeds of which a claim says that it was run."""
+POINTS, ERRORS = 1.0, 2.0
+"""A difference is seen that is as large and so many standard errors away from nothing."""
 
 Values = dict[int, float]
 """By seed, in points (per cent of the test images)."""
@@ -31,19 +34,36 @@ Place = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Part:
-    """One difference: what it is, the cells that it is made of, and its value by seed. at_least: what it must exceed;
-    usually nothing."""
+    """A number by seed: an accuracy, or what is made of several. places: the cells. above: what a claim says that it is
+    more than; where that is not nothing, the bound is ours, and how large the rest is does not matter."""
 
     label: str
     places: tuple[Place, ...]
     values: Callable[[], Values]
-    at_least: float = 0.0
+    above: float = 0.0
+
+    def __sub__(self, other: Part) -> Part:
+        label = f"{self.label} − {other.label}"
+        return Part(label, (*self.places, *other.places), lambda: minus(self.values(), other.values()))
+
+    def __rmul__(self, factor: float) -> Part:
+        values = self.values
+        return Part(
+            f"{factor:g} × {self.label}", self.places, lambda: {seed: factor * v for seed, v in values().items()}
+        )
+
+    def called(self, label: str = "", above: float = 0.0) -> Part:
+        """The same under another name, or with a bound."""
+        return replace(self, label=label or self.label, above=above)
 
     def verdict(self) -> str:
         """seen, contradicted, open, or missing with fewer than two seeds."""
-        found = [value - self.at_least for value in self.values().values()]
+        found = [value - self.above for value in self.values().values()]
         if len(found) < LEAST:
             return "missing"
+        mean, error = fmean(found), stdev(found) / len(found) ** 0.5
+        if abs(mean) <= ERRORS * error or (not self.above and abs(mean) < POINTS):
+            return "open"
         return "seen" if min(found) > 0 else "contradicted" if max(found) < 0 else "open"
 
     def words(self) -> str:
@@ -51,7 +71,7 @@ class Part:
         found = self.values()
         if not found:
             return f"{self.label}: not run"
-        asked = f", to be above {signed(self.at_least)}" if self.at_least else ""
+        asked = f", to be above {signed(self.above)}" if self.above else ""
         each = ", ".join(signed(value) for _, value in sorted(found.items()))
         few = "; one seed, not judged" if len(found) < LEAST else ""
         return f"{self.label}: **{signed(fmean(found.values()))}** ({each}{asked}{few})"
@@ -60,7 +80,7 @@ class Part:
 @dataclass(frozen=True)
 class Claim:
     """text: as the paper has it. printed: its figures. untestable: why nothing here can tell. note: what we make of
-    it."""
+    it. key: of its anchor, where others point to it."""
 
     paper: str
     text: str
@@ -68,6 +88,7 @@ class Claim:
     parts: Sequence[Part] = ()
     untestable: str = ""
     note: str = ""
+    key: str = ""
 
     def verdict(self) -> str:
         """In words."""
@@ -79,11 +100,12 @@ class Claim:
             return "not run yet"
         run = all(len(part.values()) >= SEEDS for part in self.parts)
         more = "" if run else ", as far as it was run"
-        if all(each == "seen" for each in judged):
+        seen = judged.count("seen")
+        if seen == len(judged):
             return "holds" + more
-        if "seen" in judged:
-            return "holds in part" + more
-        return ("does not hold" if "contradicted" in judged else "open") + more
+        if seen:
+            return f"holds in part ({seen} of {len(judged)})" + more
+        return ("does not hold" if "contradicted" in judged else "no clear difference") + more
 
     def commands(self) -> list[str]:
         """What runs its cells: a command a table."""
@@ -109,62 +131,64 @@ def outcomes(table: str) -> dict[tuple[str, str, int], Outcome]:
 
 
 def of(table: str, row: str, column: str) -> Values:
-    """What a method reached."""
+    """What a method reached; chance where its run diverged."""
     found = outcomes(table)
     assert (row, column) in {key[:2] for key in found}, f"{table} has no {row} in {column}"
-    values = {seed: outcome.headline() for (r, c, seed), outcome in found.items() if (r, c) == (row, column)}
-    return {seed: 100 * value for seed, value in values.items() if value is not None}
+    here = {seed: outcome for (r, c, seed), outcome in found.items() if (r, c) == (row, column)}
+    values = {seed: outcome.headline() for seed, outcome in here.items()}
+    chance = {seed: 1 / classes(table, column) for seed, outcome in here.items() if diverged(outcome)}
+    return {seed: 100 * value for seed, value in {**values, **chance}.items() if value is not None}
 
 
-def failed(table: str, row: str, column: str) -> set[int]:
-    """Seeds of which the run failed: it diverged."""
-    return {
-        seed for (r, c, seed), found in outcomes(table).items() if (r, c) == (row, column) and found.state == "failed"
-    }
+def diverged(outcome: Outcome) -> bool:
+    """Whether a run stopped because numbers were no numbers any more."""
+    return outcome.state == "failed" and ("loss is nan" in outcome.error or "loss is inf" in outcome.error)
 
 
-def gap(table: str, a: str, b: str, column: str, label: str = "", at_least: float = 0.0) -> Part:
+def classes(table: str, column: str) -> int:
+    """Of a column's data."""
+    found = [each.found for (_, c, _), each in outcomes(table).items() if c == column and each.state == "done"]
+    return len(next(each["classes"] for each in found if each is not None))
+
+
+def at(table: str, row: str, column: str) -> Part:
+    """What a method reached."""
+    label = f"{name(table, row)}, {head(table, column)}"
+    return Part(label, ((table, row, column),), lambda: of(table, row, column))
+
+
+def gap(table: str, a: str, b: str, column: str, above: float = 0.0) -> Part:
     """How far row `a` is above row `b`."""
-    label = label or f"{name(table, a)} − {name(table, b)}, {head(table, column)}"
-    places = ((table, a, column), (table, b, column))
-    return Part(label, places, lambda: minus(of(table, a, column), of(table, b, column)), at_least)
+    label = f"{name(table, a)} − {name(table, b)}, {head(table, column)}"
+    return (at(table, a, column) - at(table, b, column)).called(label, above)
 
 
-def rise(table: str, row: str, after: str, before: str, label: str = "", at_least: float = 0.0) -> Part:
+def rise(table: str, row: str, after: str, before: str, above: float = 0.0) -> Part:
     """How far column `after` is above column `before` in one row."""
-    label = label or f"{name(table, row)}, {head(table, after)} − {head(table, before)}"
-    places = ((table, row, after), (table, row, before))
-    return Part(label, places, lambda: minus(of(table, row, after), of(table, row, before)), at_least)
+    label = f"{name(table, row)}, {head(table, after)} − {head(table, before)}"
+    return (at(table, row, after) - at(table, row, before)).called(label, above)
 
 
-def wider(table: str, a: str, b: str, one: str, other: str, label: str) -> Part:
-    """How much the gap between rows `a` and `b` is wider in column `one` than in column `other`."""
-    return smaller(gap(table, a, b, other), gap(table, a, b, one), label)
-
-
-def best_of(table: str, row: str, others: Sequence[str], column: str) -> Part:
-    """How far a row is above the best of the others, seed by seed; nothing before all of them were run. One that
-    diverged is not the best."""
+def best_of(table: str, row: str, others: Sequence[str], column: str, called: str = "") -> Part:
+    """How far a row is above the best of the others, seed by seed; nothing before all of them were run."""
 
     def values() -> Values:
-        each = [(of(table, other, column), failed(table, other, column)) for other in others]
-        seeds = set.intersection(*(found.keys() | lost for found, lost in each))
-        best = {seed: max(found[seed] for found, _ in each if seed in found) for seed in seeds}
-        return minus(of(table, row, column), best)
+        each = [of(table, other, column) for other in others]
+        seeds = set.intersection(*(set(found) for found in each))
+        return minus(of(table, row, column), {seed: max(found[seed] for found in each) for seed in seeds})
 
-    label = f"{name(table, row)} − the best of {len(others)} baselines, {head(table, column)}"
+    label = f"{name(table, row)} − the best of {called or f'{len(others)} baselines'}, {head(table, column)}"
     return Part(label, tuple((table, each, column) for each in (row, *others)), values)
 
 
-def smaller(first: Part, second: Part, label: str) -> Part:
-    """How far the first difference is below the second."""
-    return Part(label, (*first.places, *second.places), lambda: minus(second.values(), first.values()))
+def relative(a: Part, b: Part, label: str) -> Part:
+    """How far the first is above the second, in per cent of the second."""
 
+    def values() -> Values:
+        base = b.values()
+        return {seed: 100 * each / base[seed] for seed, each in (a - b).values().items()}
 
-def within(part: Part, points: float) -> Part:
-    """How much nearer than `points` two cells are."""
-    label = f"{points:g} points − the distance of {part.label}"
-    return Part(label, part.places, lambda: {seed: points - abs(value) for seed, value in part.values().items()})
+    return Part(label, (*a.places, *b.places), values)
 
 
 def minus(a: Values, b: Values) -> Values:
