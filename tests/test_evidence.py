@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import runpy
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from benchmark_modules import BENCHMARKS, modules_of
 
-EVIDENCE = Path(__file__).parent.parent / "benchmarks" / "evidence"
-MODULES = ("judged", "claims")
+EVIDENCE = BENCHMARKS / "evidence"
 
 Numbers = dict[tuple[str, str], dict[int, float]]
 """By row and column: what a method reached, by seed."""
@@ -20,14 +18,9 @@ Numbers = dict[tuple[str, str], dict[int, float]]
 
 @pytest.fixture(scope="module")
 def judged() -> Iterator[ModuleType]:
-    """benchmarks/evidence/judged.py, which is no package: it imports its neighbours by name."""
-    sys.path.insert(0, str(EVIDENCE))
-    import judged
-
-    yield judged
-    sys.path.remove(str(EVIDENCE))
-    for name in MODULES:
-        sys.modules.pop(name, None)
+    """benchmarks/evidence/judged.py."""
+    with modules_of(EVIDENCE, "judged", "claims", "drawn") as found:
+        yield found["judged"]
 
 
 @pytest.fixture

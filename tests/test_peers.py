@@ -6,11 +6,11 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from benchmark_modules import BENCHMARKS, modules_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -18,15 +18,13 @@ pytestmark = [
         not all(importlib.util.find_spec(name) for name in ("flwr", "ray")), reason="needs the extras flower and ray"
     ),
 ]
-SPEED = Path(__file__).parents[1] / "benchmarks/speed"
+SPEED = BENCHMARKS / "speed"
 
 
 @pytest.fixture
 def harness() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(SPEED))
-    yield import_module("harness")
-    sys.path.remove(str(SPEED))
-    del sys.modules["harness"]
+    with modules_of(SPEED, "harness") as found:
+        yield found["harness"]
 
 
 def commands() -> dict[int, str]:

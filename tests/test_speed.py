@@ -15,25 +15,21 @@ from typing import Any
 
 import pytest
 import torch
+from benchmark_modules import BENCHMARKS, modules_of
 
 from fedkeel.config import parse
 
 pytestmark = pytest.mark.full
 
-SPEED = Path(__file__).parents[1] / "benchmarks/speed"
+SPEED = BENCHMARKS / "speed"
 
 
 @pytest.fixture(scope="module")
 def speed() -> Iterator[dict[str, ModuleType]]:
     """The modules of benchmarks/speed, which are imported from there."""
-    from importlib import import_module
-
     names = ("workloads", "needs", "loops", "parts", "harness", "contender", "measure", "page")
-    sys.path.insert(0, str(SPEED))
-    yield {name: import_module(name) for name in names}
-    sys.path.remove(str(SPEED))
-    for name in names:
-        del sys.modules[name]
+    with modules_of(SPEED, *names) as found:
+        yield found
 
 
 def echo(steps: int, log: Path | None = None) -> list[str]:

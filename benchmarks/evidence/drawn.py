@@ -26,6 +26,7 @@ CONTROLS = (
 )
 GROUPS = ((BASELINES, "#555555"), (BALANCED, PALETTE[0]), (CONTROLS, PALETTE[1]))
 """Each with its colour, from top to bottom."""
+ROWS = [row for group, _ in GROUPS for row in group]
 
 
 def there() -> list[str]:
@@ -35,22 +36,21 @@ def there() -> list[str]:
 
 def said() -> list[str]:
     """What the picture shows, in words."""
-    rows = [row for group, _ in GROUPS for row in group]
-    return [f"{head(TABLE, column)}: {', '.join(_said(row, column) for row in rows)}" for column in there()]
+    return [f"{head(TABLE, column)}: {', '.join(_said(row, column) for row in ROWS)}" for column in there()]
 
 
 def draw() -> None:
     """Writes the picture of the columns that were run."""
-    rows, columns = [row for group, _ in GROUPS for row in group], there()
+    columns = there()
     if not columns:
         return
     figure, panels = paper(2.6 + 2.6 * len(columns), 5.4, 1, len(columns))
     for axes, column in zip(panels, columns, strict=True):
-        _panel(axes, [of(TABLE, row, column) for row in rows])
+        _panel(axes, [of(TABLE, row, column) for row in ROWS])
         heading(axes, head(TABLE, column))
         axes.set_xlabel("Accuracy (%)")
-        axes.set_yticks(range(len(rows)), [""] * len(rows))
-    panels[0].set_yticks(range(len(rows)), [name(TABLE, row) for row in rows])
+        axes.set_yticks(range(len(ROWS)), [""] * len(ROWS))
+    panels[0].set_yticks(range(len(ROWS)), [name(TABLE, row) for row in ROWS])
     figure.savefig(PICTURE, dpi=150, format="png")
 
 
