@@ -19,7 +19,7 @@ Numbers = dict[tuple[str, str], dict[int, float]]
 @pytest.fixture(scope="module")
 def judged() -> Iterator[ModuleType]:
     """benchmarks/evidence/judged.py."""
-    with modules_of(EVIDENCE, "judged", "claims", "drawn") as found:
+    with modules_of(EVIDENCE, "judged", "claims", "drawn", "measured") as found:
         yield found["judged"]
 
 
@@ -121,6 +121,54 @@ def test_differences_of_differences(judged: ModuleType, numbers: Numbers) -> Non
     assert found.values() == pytest.approx({1: 150.0, 2: 100 / 7})
 
 
+def test_numbers_of_a_figure(judged: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times 100; seed 2 was measured in cells that have changed since, seed 3 had nothing to measure."""
+    (picture,) = judged.asked(judged.experiment("fbl-f4a"), "reduced")
+    keys = {seed: judged.keys_of("fbl-f4a", judged.replace(picture, seed=seed)) for seed in (1, 3)}
+    assert keys[1] != keys[3]
+    seeds = {
+        "1": {"cells": keys[1], "before": 0.5, "after": 0.375},
+        "2": {"cells": ["another"], "before": 0.5, "after": 0.25},
+        "3": {"cells": keys[3], "before": 0.5, "after": None},
+    }
+    monkeypatch.setattr(judged, "measured", lambda table: {"aligned-c10-03": {"caption": "", "seeds": seeds}})
+    before, after = (judged.figure("fbl-f4a", "aligned-c10-03", when) for when in ("before", "after"))
+    assert (before - after).values() == {1: 12.5}
+    claim = judged.Claim("FBL", "x", "y", [(before - after).called("nearer")])
+    assert claim.commands() == ["python benchmarks/evidence/measured.py fbl-f4a --data FOLDER"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "found", "numbers"),
+    [
+        ("aligned", {"distances": {"cat": [0.5, 0.3], "dog": [0.7, 0.2]}}, {"before": 0.6, "after": 0.25}),
+        (
+            "images",
+            {"scores": {"mmd2/vanilla": 0.2, "mmd2/adapted": None}},
+            {"mmd2/vanilla": 0.2, "mmd2/adapted": None},
+        ),
+        (
+            "update",
+            [{"scores": {"silhouette/held": 0.1 * at, "silhouette/missing": None}} for at in range(4)],
+            {"a/held/before": 0.0, "a/held/after": 0.1, "b/held/before": 0.2, "b/held/after": 0.3}
+            | {f"{row}/missing/{when}": None for row in "ab" for when in ("before", "after")},
+        ),
+        (
+            "classes",
+            [{"mean": {"held": {"before": 0.1, "after": 0.2}}}, {"mean": {"held": {"before": 0.3, "after": 0.4}}}],
+            {"a/held/before": 0.1, "a/held/after": 0.2, "b/held/before": 0.3, "b/held/after": 0.4},
+        ),
+    ],
+)
+def test_what_a_picture_measured(judged: ModuleType, kind: str, found: Any, numbers: dict[str, float | None]) -> None:
+    import measured
+
+    values = measured.numbers(judged.Picture(kind, "", ("a", "b")), found)
+    assert values.keys() == numbers.keys()
+    for name, value in numbers.items():
+        assert values[name] == (value if value is None else pytest.approx(value)), name
+
+
 def test_a_run_that_diverged_counts_as_chance(judged: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """And one that failed otherwise counts for nothing."""
     (cell,) = judged.cells(judged.experiment("fbl-t3"), "reduced", ["m1"], [], [1])
@@ -149,6 +197,7 @@ def test_every_claim_names_cells_that_there_are(judged: ModuleType) -> None:
     assert len(claims.CLAIMS) >= 25
     for claim in claims.CLAIMS:
         assert bool(claim.parts) != bool(claim.untestable), claim.text
+        assert len({part.label for part in claim.parts}) == len(claim.parts), claim.text
         for each in claim.parts:
             each.values()
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -233,9 +234,15 @@ def test_cells_of_one_configuration_are_one_run(
     assert ran == ["avg--a--seed1"] * 2
     assert (cells.run_of(drawn, tmp_path) / "checkpoint").is_dir()
     assert not (cells.run_of(copy, tmp_path) / "checkpoint").exists()
+    # or one whose checkpoint is to be kept
+    path_of(copy, tmp_path).unlink()
+    shutil.rmtree(cells.run_of(drawn, tmp_path) / "checkpoint")
+    reproduce([copy], tmp_path, keep=True)
+    assert ran == ["avg--a--seed1"] * 2 + ["other--a--seed1"]
+    assert (cells.run_of(copy, tmp_path) / "checkpoint").is_dir()
     # and where nothing is done yet it is the run of the others too
     reproduce(plan(["avg"], ["a"], (), "tiny", "tiny-3"), tmp_path / "fresh")
-    assert ran == ["avg--a--seed1"] * 3
+    assert ran[3:] == ["avg--a--seed1"]
     assert (cells.run_of(*plan(["avg"], ["a"]), tmp_path / "fresh") / "checkpoint").is_dir()
 
 

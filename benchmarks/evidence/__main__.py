@@ -1,6 +1,6 @@
 """docs/evidence.md: the claims of the two papers, one by one, against the cells that were run here, and their tables.
 
-python benchmarks/evidence          reads benchmarks/results/reproduce, writes docs/evidence.md
+python benchmarks/evidence          reads benchmarks/results/reproduce, writes docs/evidence.md and pictures of it
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import json
 from collections import Counter
 
 from claims import CLAIMS
-from drawn import PICTURE, draw, said
+from drawn import PICTURE, draw, draw_figures, figures, path_of, said
 from judged import CELLS, ERRORS, POINTS, PROFILE, ROOT, Claim, outcomes
 
+from fedkeel.reproduce.pictures import ALT
 from fedkeel.reproduce.shown import LEGEND, facts, matrix, show
 from fedkeel.reproduce.tables import experiment, names, protocols
 
@@ -72,6 +73,7 @@ def page() -> str:
     lines += departures()
     for name in names():
         lines += table(name)
+    lines += pictures()
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -122,6 +124,22 @@ def table(name: str) -> list[str]:
     return [*lines, "", f"`fedkeel reproduce {name} --dir benchmarks/results/reproduce --show`", ""]
 
 
+def pictures() -> list[str]:
+    """The papers' figures, as `fedkeel reproduce` draws them."""
+    lines = [
+        "## Figures",
+        "",
+        "Drawn from seed 1. `fedkeel reproduce NAME --show` draws all of a figure's pictures.",
+        "",
+    ]
+    for table, picture, caption in figures():
+        column = experiment(table).columns[picture.column].label if picture.column else ""
+        title = ": ".join(filter(None, [picture.title, column]))
+        image = path_of(table, picture.name).relative_to(PAGE.parent)
+        lines += [f"### {table}: {title}", "", f"![{ALT[picture.kind]}]({image})", "", f"*{caption}*", ""]
+    return lines
+
+
 def cpu_hours() -> float:
     """Of every cell that was run for itself, under whatever table."""
     found = [json.loads(path.read_text()) for path in sorted((CELLS / PROFILE).glob("*/*--*--seed*.json"))]
@@ -131,6 +149,7 @@ def cpu_hours() -> float:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     draw()
+    draw_figures()
     PAGE.write_text(page())
 
 

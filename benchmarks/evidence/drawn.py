@@ -1,14 +1,20 @@
-"""docs/images/evidence.png: every method and control of FBL's Table I on CIFAR-10, seed by seed."""
+"""The pictures of docs/evidence.md: every method and control of FBL's Table I, and the papers' figures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from statistics import fmean
 
-from judged import ROOT, Values, head, name, of
+from judged import PROFILE, ROOT, Values, head, measured, name, of, outcomes
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from fedkeel.report.plots import FAINT, INK, PALETTE, heading, paper
+from fedkeel.reproduce.drawings import DRAW
+from fedkeel.reproduce.pictures import OF_TABLE, Picture, Source, asked
+from fedkeel.reproduce.shown import show
+from fedkeel.reproduce.tables import experiment
 
 PICTURE = ROOT / "docs/images/evidence.png"
 TABLE, COLUMNS = "fbl-t1", ("c10-01", "c10-03", "c10-05")
@@ -17,16 +23,34 @@ BALANCED = ("fbl", "fbl-25", "fbl-50", "regl")
 CONTROLS = (
     "scaffold-samples",
     "fbl-fresh",
+    "fbl-loss1",
     "fbl-e3",
     "fbl-gaussian",
     "fbl-public500",
     "fbl-public",
     "fbl-nocut",
+    "fedavg-public32",
     "fedavg-public",
 )
 GROUPS = ((BASELINES, "#555555"), (BALANCED, PALETTE[0]), (CONTROLS, PALETTE[1]))
 """Each with its colour, from top to bottom."""
 ROWS = [row for group, _ in GROUPS for row in group]
+FIGURES = (
+    ("fbl-f4a", "aligned-c10-03"),
+    ("fbl-f4b", "curve"),
+    ("fbl-f5", "sheet-eurosat-03"),
+    ("regl-f1", "histogram-eurosat-001"),
+    ("regl-f1", "bars"),
+    ("regl-f3", "partition-fruit-001"),
+    ("regl-f4", "update-eurosat-001"),
+    ("regl-f5", "curve"),
+    ("regl-f6", "images-eurosat-001"),
+    ("regl-f7", "classes-fruit-001"),
+    ("regl-f8", "sheet-eurosat-001"),
+)
+"""Table and picture: those of the page."""
+MEASURED_IN = ("fbl-f4a", "fbl-f5", "regl-f1", "regl-f3", "regl-f4", "regl-f6", "regl-f7", "regl-f8")
+"""Tables whose pictures `measured.py` draws; the others are drawn from the cells."""
 
 
 def there() -> list[str]:
@@ -52,6 +76,37 @@ def draw() -> None:
         axes.set_yticks(range(len(ROWS)), [""] * len(ROWS))
     panels[0].set_yticks(range(len(ROWS)), [name(TABLE, row) for row in ROWS])
     figure.savefig(PICTURE, dpi=150, format="png")
+
+
+def path_of(table: str, picture: str) -> Path:
+    """Of a figure's picture."""
+    return PICTURE.with_name(f"evidence-{table}-{picture}.png")
+
+
+def figures() -> list[tuple[str, Picture, str]]:
+    """The figures that can be shown: their tables, pictures and captions."""
+    return [(table, picture, caption) for table, picture, caption, _ in _figures()]
+
+
+def draw_figures() -> None:
+    """Writes those that are drawn from the cells."""
+    for table, picture, _, figure in _figures():
+        if figure is not None:
+            figure.savefig(path_of(table, picture.name), dpi=110, format="png")
+
+
+def _figures() -> Iterator[tuple[str, Picture, str, Figure | None]]:
+    for table, wanted in FIGURES:
+        found, planned = experiment(table), list(outcomes(table).values())
+        (picture,) = [each for each in asked(found, PROFILE) if each.name == wanted]
+        if picture.kind not in OF_TABLE:
+            if caption := measured(table).get(wanted, {}).get("caption", ""):
+                yield table, picture, caption, None
+        elif any(each.state == "done" for each in planned):
+            figure, caption, _ = DRAW[picture.kind](
+                picture, Source(found, show(found, PROFILE, planned), planned, ROOT)
+            )
+            yield table, picture, caption, figure
 
 
 def _panel(axes: Axes, found: Sequence[Values]) -> None:

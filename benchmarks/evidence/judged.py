@@ -9,13 +9,17 @@ diverged counts as chance. What was not run is said, never guessed.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from fedkeel.reproduce.cells import Outcome, read
+from fedkeel.reproduce.pictures import Picture, Source, asked
+from fedkeel.reproduce.shown import show
 from fedkeel.reproduce.tables import cells, experiment
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +30,9 @@ LEAST, SEEDS = 2, 3
 POINTS, ERRORS = 1.0, 2.0
 """A difference is seen that is as large and so many standard errors away from nothing."""
 
+MEASURED = "measured.json"
+"""What figures show in numbers, beside their cells: written by measured.py."""
+
 Values = dict[int, float]
 """By seed, in points (per cent of the test images)."""
 Place = tuple[str, str, str]
@@ -35,22 +42,24 @@ Place = tuple[str, str, str]
 @dataclass(frozen=True)
 class Part:
     """A number by seed: an accuracy, or what is made of several. places: the cells. above: what a claim says that it is
-    more than; where that is not nothing, the bound is ours, and how large the rest is does not matter."""
+    more than; where that is not nothing, the bound is ours, and how large the rest is does not matter. figure: whose
+    numbers it is made of, rather than cells."""
 
     label: str
     places: tuple[Place, ...]
     values: Callable[[], Values]
     above: float = 0.0
+    figure: str = ""
 
     def __sub__(self, other: Part) -> Part:
         label = f"{self.label} − {other.label}"
-        return Part(label, (*self.places, *other.places), lambda: minus(self.values(), other.values()))
+        places = (*self.places, *other.places)
+        return Part(label, places, lambda: minus(self.values(), other.values()), figure=self.figure)
 
     def __rmul__(self, factor: float) -> Part:
         values = self.values
-        return Part(
-            f"{factor:g} × {self.label}", self.places, lambda: {seed: factor * v for seed, v in values().items()}
-        )
+        label = f"{factor:g} × {self.label}"
+        return replace(self, label=label, values=lambda: {seed: factor * v for seed, v in values().items()})
 
     def called(self, label: str = "", above: float = 0.0) -> Part:
         """The same under another name, or with a bound."""
@@ -110,7 +119,11 @@ class Claim:
     def commands(self) -> list[str]:
         """What runs its cells: a command a table."""
         tables = dict.fromkeys(table for part in self.parts for table, _, _ in part.places)
-        return [self._command(table) for table in tables]
+        figures = dict.fromkeys(part.figure for part in self.parts if part.figure)
+        return [
+            *(self._command(table) for table in tables),
+            *(f"python benchmarks/evidence/measured.py {figure} --data FOLDER" for figure in figures),
+        ]
 
     def _command(self, table: str) -> str:
         found = [place for part in self.parts for place in part.places if place[0] == table]
@@ -151,6 +164,35 @@ def classes(table: str, column: str) -> int:
     return len(next(each["classes"] for each in found if each is not None))
 
 
+@cache
+def measured(table: str) -> dict[str, Any]:
+    """What was measured for a figure's pictures."""
+    path = CELLS / PROFILE / table / MEASURED
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def keys_of(table: str, picture: Picture) -> list[str]:
+    """Of the cells that a picture of runs is drawn from."""
+    found = experiment(table)
+    return [cell.key for cell in Source(found, show(found, PROFILE, []), [], ROOT).needs(picture)]
+
+
+def figure(table: str, name: str, number: str, label: str = "") -> Part:
+    """A number that was measured for a picture; that of changed cells counts for nothing. Times 100, as points are."""
+    (picture,) = [each for each in asked(experiment(table), PROFILE) if each.name == name]
+
+    def values() -> Values:
+        found = measured(table).get(name, {"seeds": {}})["seeds"]
+        same = {
+            int(seed): one
+            for seed, one in found.items()
+            if one["cells"] == keys_of(table, replace(picture, seed=int(seed)))
+        }
+        return {seed: 100 * one[number] for seed, one in same.items() if one[number] is not None}
+
+    return Part(label or number, (), values, figure=table)
+
+
 def at(table: str, row: str, column: str) -> Part:
     """What a method reached."""
     label = f"{name(table, row)}, {head(table, column)}"
@@ -188,7 +230,7 @@ def relative(a: Part, b: Part, label: str) -> Part:
         base = b.values()
         return {seed: 100 * each / base[seed] for seed, each in (a - b).values().items()}
 
-    return Part(label, (*a.places, *b.places), values)
+    return Part(label, (*a.places, *b.places), values, figure=a.figure)
 
 
 def minus(a: Values, b: Values) -> Values:

@@ -115,8 +115,9 @@ def reproduce(
 
     data: folder above the data sets' folders. pools: where synthetic images are kept; None: as configured. workers:
     processes of one thread each. keep: leaves checkpoints and client states in the runs' folders, which take most of
-    the space and which pictures of a run need; a table's own pictures keep theirs anyway. tell: called for each cell
-    that was done before, then for each as it is done. A cell that fails does not stop the others.
+    the space and which pictures of a run need; a cell that another table has without them is then run again. A table's
+    own pictures keep theirs anyway. tell: called for each cell that was done before, then for each as it is done. A
+    cell that fails does not stop the others.
 
     Raises UserError before anything runs, for data that is not there; RunError when another process is at it.
     """
@@ -151,8 +152,8 @@ def _results(
     for cell in cells:
         alike.setdefault(cell.key, []).append(cell)
     for key in list(alike):
-        # a picture needs what other runs do not keep
-        if key in known and (_whole(known[key], key) or not any(map(pictured, alike[key]))):
+        # what is to be kept, other runs may have dropped
+        if key in known and (_whole(known[key], key) or not (keep or any(map(pictured, alike[key])))):
             for cell in alike.pop(key):
                 _copy(known[key], cell, folder)
                 yield cell, ""
