@@ -35,6 +35,7 @@ from fedkeel.records import Reply, Samples, Server
 from fedkeel.runtimes.inprocess import InProcessRuntime
 
 ROOT = Path(__file__).parents[1]
+TABLE, PAGE = ROOT / "benchmarks/results/battery.json", ROOT / "docs/battery.md"
 SMALL: dict[str, tuple[str, ...]] = {
     "dynafed": (
         "algorithm.snapshots=2",
@@ -370,13 +371,17 @@ def judge(method: str, check: str) -> str:
 
 
 def main(names: Sequence[str]) -> int:
-    """Judges all (or the named) methods, writes the table, and fails when any check does."""
+    """Judges all (or the named) methods, writes the table, and fails when any check does. --page: writes the page of
+    the last table, for files whose lengths have changed."""
+    if names == ["--page"]:
+        PAGE.write_text(markdown(json.loads(TABLE.read_text())))
+        return 0
     torch.set_num_threads(1)
     table = {method: {check: judge(method, check) for check in CHECKS} for method in names or methods()}
     if not names:
-        (ROOT / "benchmarks/results").mkdir(parents=True, exist_ok=True)
-        (ROOT / "benchmarks/results/battery.json").write_text(json.dumps(table, indent=1) + "\n")
-        (ROOT / "docs/battery.md").write_text(markdown(table))
+        TABLE.parent.mkdir(parents=True, exist_ok=True)
+        TABLE.write_text(json.dumps(table, indent=1) + "\n")
+        PAGE.write_text(markdown(table))
     sys.stdout.write(markdown(table))
     return int(any(word.startswith("fail") for row in table.values() for word in row.values()))
 

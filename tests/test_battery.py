@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, replace
 
@@ -151,6 +152,13 @@ def test_bits_are_compared():
     assert not battery.identical(torch.empty(0, 3), torch.empty(3, 0))
     with pytest.raises(AssertionError, match="state w"):
         battery.same_bits({"w": torch.zeros(2)}, {"w": -torch.zeros(2)}, "state ")
+
+
+def test_the_page_is_that_of_the_last_battery():
+    """After a change of a method's length: `python tests/battery.py --page`; of a check or a method: `make battery`."""
+    table = json.loads(battery.TABLE.read_text())
+    assert list(table) == battery.methods() and {tuple(row) for row in table.values()} == {tuple(battery.CHECKS)}
+    assert battery.PAGE.read_text() == battery.markdown(table)
 
 
 def test_lines_are_counted():

@@ -35,6 +35,7 @@ from typer.testing import CliRunner
 
 from fedkeel import catalogue, cli, config, registry
 from fedkeel.errors import UserError
+from fedkeel.reproduce import command as reproduce
 from fedkeel.reproduce.tables import laid
 
 ROOT = Path(__file__).parent.parent
@@ -142,9 +143,15 @@ def wrong(words: list[str]) -> str:
             catalogue.find(values["name"])
         if context.info_name == "list" and values["room"]:
             registry.names(values["room"])
+        if context.info_name == "reproduce" and set(values["tables"] or ()) - {"1", "NAME", "TABLE"}:
+            reproduce.plan(values["tables"], values["profile"], *map(_list, (values["rows"], values["columns"])))
     except (click.UsageError, UserError) as error:
         return str(getattr(error, "message", error))
     return ""
+
+
+def _list(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
 
 
 def check_keys(keys: Sequence[str]) -> None:
@@ -173,10 +180,17 @@ def test_every_command_parses() -> None:
         "fedkeel show fedporx",
         "fedkeel list methods",
         "fedkeel deploy nodes",
+        "fedkeel reproduce fbl-t9",
+        "fedkeel reproduce fbl-t1 --columns c10-09",
     ],
 )
 def test_a_wrong_command_is_noticed(line: str) -> None:
     assert wrong(line.split())
+
+
+def test_configurations_of_examples_are_right() -> None:
+    """Those that a page or README names; the one of a Flower app goes over the app's own keys."""
+    config.read(ROOT / "examples/private.toml")
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:
@@ -300,6 +314,18 @@ def test_a_method_page_has_what_a_reader_looks_for(hook: ModuleType, monkeypatch
     assert "| `server_lr` | 1.0 | a number > 0 |" in page
     assert "**`scaffold`** | 70.1 ± 3.5 |" in page and "[`fedavg`](fedavg.md)" in page
     assert "    class Scaffold(Algorithm):" in page
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", registry.names("algorithms"))
+def test_the_command_on_a_methods_page_runs(hook: ModuleType, name: str, folder: Path) -> None:
+    """On fewer images; no method is switched off by the few rounds."""
+    words = hook.first_command(name)
+    keys = words[3:]
+    assert not config.parse(tomllib.loads(EXP), keys).algorithm.off(5)
+    fewer = ["rounds=3", "data.train_limit=300", "data.test_limit=60", "model.width=4"]
+    done = CliRunner().invoke(cli.app, [*words[1:], *fewer], prog_name="fedkeel")
+    assert done.exit_code == 0, done.output
 
 
 def test_every_hook_is_explained(hook: ModuleType) -> None:

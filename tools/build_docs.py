@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from functools import cache
 from html import escape
@@ -32,8 +33,6 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CELLS = RESULTS / "reproduce"
 """Cells of the papers' tables that were committed: PROFILE/TABLE/CELL.json, as `fedkeel reproduce` leaves them."""
-LATER = ("evidence.md",)
-"""Pages that the navigation has as soon as they are there."""
 MARK = re.compile(r"<!-- figures: (\w+) -->")
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./[^)]+\)")
 KINDS = {"global": "One model for all", "personal": "A model for each client", "bound": "Bounds"}
@@ -44,6 +43,13 @@ METRICS = {
 }
 BESIDE = {"global": ("fedavg", "centralized"), "personal": ("fedavg_ft", "separate")}
 """Methods that stand beside each one in its table of results."""
+SHORT = {
+    "regl": ["algorithm.volume=5"],
+    "fgl": ["algorithm.volume=20", "algorithm.epochs=5"],
+    "dynafed": ["algorithm.snapshots=2", "algorithm.iterations=50"],
+    "fedcda": ["algorithm.warmup=2"],
+}
+"""What makes a method's first command fit the few rounds and images of exp.toml."""
 FEDAVG = "FedAvg: the average of locally trained models. Every other method is written as what it does differently."
 INNER = ("weight", "only_sums", "part_of_all", "idle", "tunes_generator")
 """Functions of a method that are no hooks."""
@@ -59,13 +65,11 @@ Figures = dict[str, Any]
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Puts the methods into the navigation, and leaves out pages that are still to be written."""
+    """Puts the methods into the navigation."""
     for section in config.nav or ():
         ((title, pages),) = section.items()
         if title == "Methods":
             pages += [{name: f"methods/{name}.md"} for name in methods()]
-        if isinstance(pages, list):
-            pages[:] = [page for page in pages if not _absent(page, Path(config.docs_dir))]
     return config
 
 
@@ -82,11 +86,6 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     if "/" not in page.file.src_uri:
         markdown = OUTSIDE.sub(r"`\1`", markdown)
     return filled(markdown, json.loads((RESULTS / "speed.json").read_text()))
-
-
-def _absent(entry: object, docs: Path) -> bool:
-    pages = entry.values() if isinstance(entry, dict) else [entry]
-    return any(page in LATER and not (docs / page).exists() for page in pages)
 
 
 # methods --------------------------------------------------------------------------------------------------------------
@@ -145,7 +144,7 @@ def method_page(name: str) -> str:
         prose(_sentence(said) if alone else first),
         *(prose(paragraph) for paragraph in rest if paragraph not in parts.values()),
         *([prose(own)] if own else []),
-        f"```bash\nfedkeel run exp.toml algorithm.name={name}\n```",
+        f"```bash\n{shlex.join(first_command(name))}\n```",
         *_departures(parts.get("departures", "")),
         "## What crosses",
         prose(_after_colon(parts["crosses"])),
@@ -162,6 +161,11 @@ def method_page(name: str) -> str:
         f'??? quote "{source.name}"\n\n' + _indented(f"```python\n{source.read_text()}```"),
     ]
     return "\n\n".join(text) + "\n"
+
+
+def first_command(name: str) -> list[str]:
+    """What a method's page begins with: exp.toml of the first run, by this method."""
+    return ["fedkeel", "run", "exp.toml", f"algorithm.name={name}", *SHORT.get(name, [])]
 
 
 def bundled_results(name: str) -> str:
@@ -428,10 +432,11 @@ def generation(figures: Figures) -> str:
 def machine(figures: Figures) -> str:
     """What it was measured on."""
     found = figures["hardware"]
+    commits = sorted({each["commit"][:10] for each in (found, *figures["measured"].values())})
     return (
         f"{found['processor']}, {found['cores']} cores, {found['memory_gb']} GB, Python {found['python']}, "
-        f"PyTorch {found['torch']}; fedkeel at commit `{found['commit'][:10]}`. Figures of other machines will differ; "
-        "ratios less so."
+        f"PyTorch {found['torch']}; fedkeel at commits {', '.join(f'`{commit}`' for commit in commits)}, with changes. "
+        "Figures of other machines will differ; ratios less so."
     )
 
 

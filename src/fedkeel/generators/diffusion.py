@@ -84,7 +84,7 @@ class StableDiffusion:
     lora_batch: int = option(4, "images per step of the tuning", ge=1)
     lora_scale: float = option(0.8, "weight of the adapter when images are made (R-07); 0 = the untuned images", ge=0)
     lora_resolution: int = option(0, "side in pixels at which the tuning sees images; 0 = resolution", ge=0)
-    condition_dropout: float = option(0.1, "share of steps without caption, and without image token", ge=0, lt=1)
+    condition_dropout: float = option(0.1, "share of samples without caption, and without image token", ge=0, lt=1)
     captioner: str = option(
         "", "BLIP-2 for captions of a client's images: a folder, or owner/name[@revision]; empty = none"
     )
