@@ -324,6 +324,7 @@ def test_the_command_on_a_methods_page_runs(hook: ModuleType, name: str, folder:
     keys = words[3:]
     assert not config.parse(tomllib.loads(EXP), keys).algorithm.off(5)
     fewer = ["rounds=3", "data.train_limit=300", "data.test_limit=60", "model.width=4"]
+    fewer += ["algorithm.iterations=2"] if name == "dynafed" else []
     done = CliRunner().invoke(cli.app, [*words[1:], *fewer], prog_name="fedkeel")
     assert done.exit_code == 0, done.output
 
