@@ -69,6 +69,8 @@ def draw() -> None:
     if not columns:
         return
     figure, panels = paper(2.6 + 2.6 * len(columns), 5.4, 1, len(columns))
+    for axes in panels[1:]:
+        axes.sharex(panels[0])
     for axes, column in zip(panels, columns, strict=True):
         _panel(axes, [_values(row, column) for row in ROWS])
         heading(axes, head(TABLE, column))
