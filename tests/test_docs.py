@@ -321,8 +321,8 @@ def test_a_method_page_has_what_a_reader_looks_for(hook: ModuleType, monkeypatch
 def test_the_command_on_a_methods_page_runs(hook: ModuleType, name: str, folder: Path) -> None:
     """On fewer images; no method is switched off by the few rounds."""
     words = hook.first_command(name)
-    keys = words[3:]
-    assert not config.parse(tomllib.loads(EXP), keys).algorithm.off(5)
+    found = config.parse(tomllib.loads(EXP), words[3:])
+    assert not found.algorithm.off(found.rounds)
     fewer = ["rounds=3", "data.train_limit=300", "data.test_limit=60", "model.width=4"]
     fewer += ["algorithm.iterations=2"] if name == "dynafed" else []
     done = CliRunner().invoke(cli.app, [*words[1:], *fewer], prog_name="fedkeel")

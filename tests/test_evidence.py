@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 from benchmark_modules import BENCHMARKS, modules_of
 
+from fedkeel.errors import FedkeelError
+
 EVIDENCE = BENCHMARKS / "evidence"
+WHEN = ("before", "after")
 
 Numbers = dict[tuple[str, str], dict[int, float]]
 """By row and column: what a method reached, by seed."""
@@ -124,50 +129,84 @@ def test_differences_of_differences(judged: ModuleType, numbers: Numbers) -> Non
 
 def test_numbers_of_a_figure(judged: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Times 100; seed 2 was measured in cells that have changed since, seed 3 had nothing to measure."""
-    (picture,) = judged.asked(judged.experiment("fbl-f4a"), "reduced")
-    keys = {seed: judged.keys_of("fbl-f4a", judged.replace(picture, seed=seed)) for seed in (1, 3)}
-    assert keys[1] != keys[3]
+    picture = judged.picture_of("fbl-f4a", "aligned-c10-03")
+    ours = {seed: judged.stands_on("fbl-f4a", judged.replace(picture, seed=seed)) for seed in (1, 2, 3)}
+    assert ours[1]["cells"] != ours[3]["cells"]
+    near = {"distance/synthetic": 0.5, "distance/with offset": 0.375}
     seeds = {
-        "1": {"cells": keys[1], "before": 0.5, "after": 0.375},
-        "2": {"cells": ["another"], "before": 0.5, "after": 0.25},
-        "3": {"cells": keys[3], "before": 0.5, "after": None},
+        "1": {**ours[1], "numbers": near},
+        "2": {**ours[2], "cells": ["another"], "numbers": near},
+        "3": {**ours[3], "numbers": {**near, "distance/with offset": None}},
     }
     monkeypatch.setattr(judged, "measured", lambda table: {"aligned-c10-03": {"caption": "", "seeds": seeds}})
-    before, after = (judged.figure("fbl-f4a", "aligned-c10-03", when) for when in ("before", "after"))
+    judged.kept_of.cache_clear()
+    before, after = (judged.figure("fbl-f4a", "aligned-c10-03", f"distance/{w}") for w in ("synthetic", "with offset"))
     assert (before - after).values() == {1: 12.5}
     claim = judged.Claim("FBL", "x", "y", [(before - after).called("nearer")])
     assert claim.commands() == ["python benchmarks/evidence/measured.py fbl-f4a --data FOLDER"]
+    with pytest.raises(AssertionError, match="has no distance/real"):
+        judged.figure("fbl-f4a", "aligned-c10-03", "distance/real")
+    judged.kept_of.cache_clear()
 
 
 @pytest.mark.parametrize(
-    ("kind", "found", "numbers"),
+    ("kind", "found"),
     [
-        ("aligned", {"distances": {"cat": [0.5, 0.3], "dog": [0.7, 0.2]}}, {"before": 0.6, "after": 0.25}),
-        (
-            "images",
-            {"scores": {"mmd2/vanilla": 0.2, "mmd2/adapted": None}},
-            {"mmd2/vanilla": 0.2, "mmd2/adapted": None},
-        ),
-        (
-            "update",
-            [{"scores": {"silhouette/held": 0.1 * at, "silhouette/missing": None}} for at in range(4)],
-            {"a/held/before": 0.0, "a/held/after": 0.1, "b/held/before": 0.2, "b/held/after": 0.3}
-            | {f"{row}/missing/{when}": None for row in "ab" for when in ("before", "after")},
-        ),
+        ("aligned", {"scores": {"distance/synthetic": 0.6, "distance/with offset": 0.25}}),
+        ("images", {"scores": {"mmd2/vanilla": 0.2, "mmd2/adapted": None}}),
+        ("update", [{"scores": {"silhouette/held": 0.1 * at, "silhouette/missing": None}} for at in range(4)]),
         (
             "classes",
-            [{"mean": {"held": {"before": 0.1, "after": 0.2}}}, {"mean": {"held": {"before": 0.3, "after": 0.4}}}],
-            {"a/held/before": 0.1, "a/held/after": 0.2, "b/held/before": 0.3, "b/held/after": 0.4},
+            [
+                {"recorded": True, "mean": {"held": {"before": 0.1 * at, "after": 0.2}, "missing": dict.fromkeys(WHEN)}}
+                for at in range(2)
+            ],
         ),
     ],
 )
-def test_what_a_picture_measured(judged: ModuleType, kind: str, found: Any, numbers: dict[str, float | None]) -> None:
+def test_what_a_picture_measured(judged: ModuleType, kind: str, found: Any) -> None:
+    """By the names that claims go by; the pictures' numbers are in the order of rows, before and after."""
     import measured
 
-    values = measured.numbers(judged.Picture(kind, "", ("a", "b")), found)
-    assert values.keys() == numbers.keys()
-    for name, value in numbers.items():
-        assert values[name] == (value if value is None else pytest.approx(value)), name
+    picture = judged.Picture(kind, "", ("a", "b"))
+    values = measured.numbers(picture, found)
+    assert sorted(values) == sorted(judged.names_of(picture))
+    if kind == "update":
+        held = {f"{row}/held/{when}": 0.1 * at for at, (row, when) in enumerate([(r, w) for r in "ab" for w in WHEN])}
+        assert {name: value for name, value in values.items() if value is not None} == pytest.approx(held)
+    if kind == "classes":
+        assert (values["a/held/before"], values["b/held/before"], values["b/held/after"]) == (0.0, 0.1, 0.2)
+        with pytest.raises(FedkeelError, match="measure it first"):
+            measured.numbers(picture, [{**each, "recorded": False} for each in found])
+
+
+def test_figures_are_measured_seed_by_seed(
+    judged: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was measured before stays; a picture that cannot be drawn is told, and the others are measured."""
+    import measured
+    from matplotlib.figure import Figure
+
+    def draw(picture: Any, source: Any) -> Any:
+        if picture.seed == 2:
+            raise FedkeelError("no such client")
+        near = {"distance/synthetic": picture.seed / 10, "distance/with offset": 0.0}
+        return Figure(), f"of seed {picture.seed}", {"scores": near}
+
+    monkeypatch.setattr(measured, "reproduce", lambda planned, folder, **_: [])
+    monkeypatch.setattr(measured, "DRAW", {"aligned": draw})
+    monkeypatch.setattr(measured, "CELLS", tmp_path)
+    monkeypatch.setattr(measured, "image", lambda table, name: tmp_path / f"{table}-{name}.png")
+    for seeds in ([1, 2], [3]):
+        measured.measure("fbl-f4a", tmp_path, tmp_path, seeds, 1)
+    assert "seed 2: not measured: no such client" in capsys.readouterr().out
+    (found,) = json.loads((tmp_path / "reduced/fbl-f4a/measured.json").read_text()).values()
+    assert found["caption"] == "of seed 1" and (tmp_path / "fbl-f4a-aligned-c10-03.png").is_file()
+    assert {seed: one["numbers"]["distance/synthetic"] for seed, one in found["seeds"].items()} == {"1": 0.1, "3": 0.3}
+    monkeypatch.setattr(judged, "measured", lambda table: {"aligned-c10-03": found})
+    judged.kept_of.cache_clear()
+    assert judged.figure("fbl-f4a", "aligned-c10-03", "distance/synthetic").values() == {1: 10.0, 3: 30.0}
+    judged.kept_of.cache_clear()
 
 
 def test_a_run_that_diverged_counts_as_chance(judged: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

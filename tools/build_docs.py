@@ -432,10 +432,11 @@ def generation(figures: Figures) -> str:
 def machine(figures: Figures) -> str:
     """What it was measured on."""
     found = figures["hardware"]
-    commits = sorted({each["commit"][:10] for each in (found, *figures["measured"].values())})
+    measured = {each["commit"][:10]: each["changed"] for each in (found, *figures["measured"].values())}
+    commits = ", ".join(f"`{commit}`" + " with changes" * changed for commit, changed in sorted(measured.items()))
     return (
         f"{found['processor']}, {found['cores']} cores, {found['memory_gb']} GB, Python {found['python']}, "
-        f"PyTorch {found['torch']}; fedkeel at commits {', '.join(f'`{commit}`' for commit in commits)}, with changes. "
+        f"PyTorch {found['torch']}; fedkeel at commits {commits}. "
         "Figures of other machines will differ; ratios less so."
     )
 

@@ -10,7 +10,7 @@ import json
 from collections import Counter
 
 from claims import CLAIMS
-from drawn import PICTURE, draw, draw_figures, figures, path_of, said
+from drawn import PICTURE, draw, draw_figures, figures, image, said
 from judged import CELLS, ERRORS, POINTS, PROFILE, ROOT, Claim, outcomes
 
 from fedkeel.reproduce.pictures import ALT
@@ -52,7 +52,8 @@ def page() -> str:
         "part** when some are, **does not hold** when one is seen the other way round and none as claimed; otherwise "
         "there is **no clear difference**. *As far as it was run* says that a difference or one of three seeds is "
         "missing: two seeds agree by chance half of the time, three a quarter. Bounds such as *to be above* are ours. "
-        "A run that diverged counts as chance.",
+        "A run that diverged counts as chance. What figures show (Figs. 4a, 4, 6 and 7) is measured in their pictures' "
+        "features and given in hundredths, as each line says.",
         "",
         *picture(),
         "| verdict | claims |",
@@ -129,14 +130,13 @@ def pictures() -> list[str]:
     lines = [
         "## Figures",
         "",
-        "Drawn from seed 1. `fedkeel reproduce NAME --show` draws all of a figure's pictures.",
+        "Charts are of all seeds, the others of seed 1, by `benchmarks/evidence/measured.py`.",
         "",
     ]
-    for table, picture, caption in figures():
-        column = experiment(table).columns[picture.column].label if picture.column else ""
-        title = ": ".join(filter(None, [picture.title, column]))
-        image = path_of(table, picture.name).relative_to(PAGE.parent)
-        lines += [f"### {table}: {title}", "", f"![{ALT[picture.kind]}]({image})", "", f"*{caption}*", ""]
+    for each in figures():
+        file = image(each.table, each.picture.name).relative_to(PAGE.parent)
+        lines += [f"### {each.table}: {each.title}", "", f"![{ALT[each.picture.kind]}]({file})", ""]
+        lines += [f"*{each.caption}*", ""]
     return lines
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 
-from judged import PROFILE, ROOT, Values, head, measured, name, of, outcomes
+from judged import PROFILE, ROOT, Values, head, kept_of, measured, name, of, outcomes, picture_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedkeel.report.plots import FAINT, INK, PALETTE, heading, paper
 from fedkeel.reproduce.drawings import DRAW
-from fedkeel.reproduce.pictures import OF_TABLE, Picture, Source, asked
+from fedkeel.reproduce.pictures import OF_TABLE, Picture, Source
 from fedkeel.reproduce.shown import show
 from fedkeel.reproduce.tables import experiment
 
@@ -48,9 +50,7 @@ FIGURES = (
     ("regl-f7", "classes-fruit-001"),
     ("regl-f8", "sheet-eurosat-001"),
 )
-"""Table and picture: those of the page."""
-MEASURED_IN = ("fbl-f4a", "fbl-f5", "regl-f1", "regl-f3", "regl-f4", "regl-f6", "regl-f7", "regl-f8")
-"""Tables whose pictures `measured.py` draws; the others are drawn from the cells."""
+"""Table and picture: those of the page. What is not drawn from cells alone, `measured.py` draws."""
 
 
 def there() -> list[str]:
@@ -60,7 +60,9 @@ def there() -> list[str]:
 
 def said() -> list[str]:
     """What the picture shows, in words."""
-    return [f"{head(TABLE, column)}: {', '.join(_said(row, column) for row in ROWS)}" for column in there()]
+    return [
+        f"{head(TABLE, column)}: {'; '.join(filter(None, (_said(row, column) for row in ROWS)))}" for column in there()
+    ]
 
 
 def draw() -> None:
@@ -80,35 +82,48 @@ def draw() -> None:
     figure.savefig(PICTURE, dpi=150, format="png")
 
 
-def path_of(table: str, picture: str) -> Path:
-    """Of a figure's picture."""
+def image(table: str, picture: str) -> Path:
+    """The file of a figure's picture."""
     return PICTURE.with_name(f"evidence-{table}-{picture}.png")
 
 
-def figures() -> list[tuple[str, Picture, str]]:
-    """The figures that can be shown: their tables, pictures and captions."""
-    return [(table, picture, caption) for table, picture, caption, _ in _figures()]
+@dataclass(frozen=True)
+class Drawn:
+    """A figure that can be shown. figure: where it is drawn from cells alone."""
+
+    table: str
+    picture: Picture
+    caption: str
+    figure: Figure | None = None
+
+    @property
+    def title(self) -> str:
+        """With its column."""
+        column = experiment(self.table).columns[self.picture.column].label if self.picture.column else ""
+        return ": ".join(filter(None, [self.picture.title, column]))
+
+
+@cache
+def figures() -> tuple[Drawn, ...]:
+    """Those whose cells are done, or which were drawn from what they would be drawn from now."""
+    out = []
+    for table, wanted in FIGURES:
+        picture, found = picture_of(table, wanted), list(outcomes(table).values())
+        if picture.kind not in OF_TABLE:
+            if picture.seed in kept_of(table, wanted):
+                out.append(Drawn(table, picture, measured(table)[wanted]["caption"]))
+        elif any(each.state == "done" for each in found):
+            whole = experiment(table)
+            figure, caption, _ = DRAW[picture.kind](picture, Source(whole, show(whole, PROFILE, found), found, ROOT))
+            out.append(Drawn(table, picture, caption, figure))
+    return tuple(out)
 
 
 def draw_figures() -> None:
     """Writes those that are drawn from the cells."""
-    for table, picture, _, figure in _figures():
-        if figure is not None:
-            figure.savefig(path_of(table, picture.name), dpi=110, format="png")
-
-
-def _figures() -> Iterator[tuple[str, Picture, str, Figure | None]]:
-    for table, wanted in FIGURES:
-        found, planned = experiment(table), list(outcomes(table).values())
-        (picture,) = [each for each in asked(found, PROFILE) if each.name == wanted]
-        if picture.kind not in OF_TABLE:
-            if caption := measured(table).get(wanted, {}).get("caption", ""):
-                yield table, picture, caption, None
-        elif any(each.state == "done" for each in planned):
-            figure, caption, _ = DRAW[picture.kind](
-                picture, Source(found, show(found, PROFILE, planned), planned, ROOT)
-            )
-            yield table, picture, caption, figure
+    for each in figures():
+        if each.figure is not None:
+            each.figure.savefig(image(each.table, each.picture.name), dpi=110, format="png")
 
 
 def _panel(axes: Axes, found: Sequence[Values]) -> None:
@@ -136,4 +151,4 @@ def _values(row: str, column: str) -> Values:
 
 def _said(row: str, column: str) -> str:
     values = _values(row, column).values()
-    return f"{name(TABLE, row)} {fmean(values):.1f}" if values else f"{name(TABLE, row)} not run"
+    return f"{name(TABLE, row)} {fmean(values):.1f}" if values else ""

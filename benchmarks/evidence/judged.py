@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
@@ -20,7 +20,7 @@ from typing import Any
 from fedkeel.reproduce.cells import Outcome, read
 from fedkeel.reproduce.pictures import Picture, Source, asked
 from fedkeel.reproduce.shown import show
-from fedkeel.reproduce.tables import cells, experiment
+from fedkeel.reproduce.tables import Cell, cells, experiment
 
 ROOT = Path(__file__).parents[2]
 CELLS = ROOT / "benchmarks/results/reproduce"
@@ -171,24 +171,55 @@ def measured(table: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def keys_of(table: str, picture: Picture) -> list[str]:
-    """Of the cells that a picture of runs is drawn from."""
+@cache
+def picture_of(table: str, name: str) -> Picture:
+    """A picture of a figure by its name."""
+    (found,) = [each for each in asked(experiment(table), PROFILE) if each.name == name]
+    return found
+
+
+def cells_of(table: str, picture: Picture) -> list[Cell]:
+    """What a picture of one column is drawn from."""
     found = experiment(table)
-    return [cell.key for cell in Source(found, show(found, PROFILE, []), [], ROOT).needs(picture)]
+    return Source(found, show(found, PROFILE, []), [], ROOT).needs(picture)
+
+
+def stands_on(table: str, picture: Picture) -> dict[str, object]:
+    """By what a picture that was drawn before is known to be the same."""
+    asked_for = {"picture": asdict(picture), "cells": [cell.key for cell in cells_of(table, picture)]}
+    found: dict[str, object] = json.loads(json.dumps(asked_for))
+    return found
+
+
+def names_of(picture: Picture) -> list[str]:
+    """Of the numbers that a picture of runs measures."""
+    if picture.kind in ("update", "classes"):
+        ends = [f"{which}/{when}" for which in ("held", "missing") for when in ("before", "after")]
+        return [f"{row}/{end}" for row in picture.rows for end in ends]
+    return {"aligned": ["distance/synthetic", "distance/with offset"], "images": ["mmd2/vanilla", "mmd2/adapted"]}[
+        picture.kind
+    ]
+
+
+@cache
+def kept_of(table: str, name: str) -> dict[int, dict[str, Any]]:
+    """What was measured for a picture, by seed; nothing of cells or pictures that have changed since."""
+    picture = picture_of(table, name)
+    out = {}
+    for key, one in measured(table).get(name, {"seeds": {}})["seeds"].items():
+        same = stands_on(table, replace(picture, seed=int(key)))
+        if {each: one[each] for each in same} == same:
+            out[int(key)] = one["numbers"]
+    return out
 
 
 def figure(table: str, name: str, number: str, label: str = "") -> Part:
-    """A number that was measured for a picture; that of changed cells counts for nothing. Times 100, as points are."""
-    (picture,) = [each for each in asked(experiment(table), PROFILE) if each.name == name]
+    """A number that was measured for a picture, times 100, by seed."""
+    assert number in names_of(picture_of(table, name)), f"{table} {name} has no {number}"
 
     def values() -> Values:
-        found = measured(table).get(name, {"seeds": {}})["seeds"]
-        same = {
-            int(seed): one
-            for seed, one in found.items()
-            if one["cells"] == keys_of(table, replace(picture, seed=int(seed)))
-        }
-        return {seed: 100 * one[number] for seed, one in same.items() if one[number] is not None}
+        found = {seed: numbers.get(number) for seed, numbers in kept_of(table, name).items()}
+        return {seed: 100 * value for seed, value in found.items() if value is not None}
 
     return Part(label or number, (), values, figure=table)
 

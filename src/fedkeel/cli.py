@@ -202,7 +202,10 @@ def reproduce(
         Path | None, typer.Option(help="Where synthetic images are kept.", show_default="the cache folder")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Cells at once, a process of one thread each.")] = 1,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep checkpoints and client states of runs.")] = False,
+    keep: Annotated[
+        bool,
+        typer.Option("--keep", help="Keep checkpoints and client states; runs that have lost them are made again."),
+    ] = False,
     show_only: Annotated[bool, typer.Option("--show", help="Run nothing: show what is there.")] = False,
     form: Annotated[str, typer.Option("--format", metavar="NAME", help="text, markdown or html.")] = "text",
     as_json: AsJson = False,
