@@ -480,8 +480,9 @@ CLAIMS = (
             *(gap("fbl-t1", "fbl", "fedavg-public", column) for column in ALPHAS),
         ],
         note="It does not, by far: six points with as many steps as FBL, eleven with twice as many. Where 1,000 public "
-        "images of each class can be had, the plain thing to do is to give them to the clients. FBL is for the case in which there are none and the "
-        "generator comes from elsewhere; one that was fitted to public images of the task cannot show that.",
+        "images of each class can be had, the plain thing to do is to give them to the clients. FBL is for the case in "
+        "which there are none and the generator comes from elsewhere; one that was fitted to public images of the task "
+        "cannot show that.",
     ),
     Claim(
         "ours",
