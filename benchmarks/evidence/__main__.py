@@ -9,7 +9,7 @@ import argparse
 import json
 from collections import Counter
 
-from claims import CLAIMS
+from claims import CLAIMS, SHORT
 from drawn import PICTURE, draw, draw_figures, figures, image, said
 from judged import CELLS, ERRORS, POINTS, PROFILE, ROOT, Claim, outcomes
 
@@ -55,7 +55,13 @@ def page() -> str:
         "A run that diverged counts as chance. What figures show (Figs. 4a, 4, 6 and 7) is measured in their pictures' "
         "features and given in hundredths, as each line says.",
         "",
+        "## In short",
+        "",
+        *(f"- {text}" for text in SHORT),
+        "",
         *picture(),
+        "## Verdicts",
+        "",
         "| verdict | claims |",
         "|---|---:|",
         *(f"| {word} | {count} |" for word, count in sorted(counts.items())),
