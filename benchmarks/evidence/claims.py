@@ -93,8 +93,8 @@ CLAIMS = (
         "That gain saturates at λ of 25 to 40%",
         "α = 0.1: 76.06, 79.21 (25%), 79.69 (40%), 79.81 (75%); α = 0.5: 84.58, 84.95, 85.38, 85.92, which does not",
         [saturates("c10-01"), saturates("c10-05")],
-        note="The two are turned round: printed is a gain that saturates at α = 0.1 and goes on at 0.5. At 0.1 four points "
-        "are gained up to 40% here and two more up to 75%, at 0.5 four and less than one.",
+        note="The two are turned round: printed is a gain that saturates at α = 0.1 and goes on at 0.5. Here at 0.1 four "
+        "points are gained up to 40% and two more up to 75%, at 0.5 four and less than one.",
     ),
     Claim(
         "FBL",
