@@ -93,8 +93,8 @@ CLAIMS = (
         "That gain saturates at λ of 25 to 40%",
         "α = 0.1: 76.06, 79.21 (25%), 79.69 (40%), 79.81 (75%); α = 0.5: 84.58, 84.95, 85.38, 85.92, which does not",
         [saturates("c10-01"), saturates("c10-05")],
-        note="The two are turned round: printed is a gain that saturates at α = 0.1 and goes on at 0.5. Here at 0.1 four "
-        "points are gained up to 40% and two more up to 75%, at 0.5 four and less than one.",
+        note="The two are turned round: printed is a gain that saturates at α = 0.1 and goes on at 0.5. Here at 0.1 "
+        "four points are gained up to 40% and two more up to 75%, at 0.5 four and less than one.",
     ),
     Claim(
         "FBL",
@@ -195,18 +195,18 @@ CLAIMS = (
             *(gap("fbl-t1", "fedavg", row, "c10-01") for row in ("fedprox", "moon", "fedntd")),
             *(gap("fbl-t1", row, "fedavg", "c10-05") for row in ("fedprox", "moon", "fedntd")),
         ],
-        note="With a rate tuned for each method FedProx is FedAvg within a point, as its μ of 0.01 suggests. MOON "
-        "(μ = 5) is below it everywhere, FedNTD above it everywhere. On the validation images of `fbl-rates` MOON with "
-        "μ = 1 is level with FedAvg; we suspect that 5, its paper's value on CIFAR-10 with ten local epochs, is too "
-        "much for two.",
+        note="With a rate tuned for each method FedProx is FedAvg within a point, as its μ of 0.01 suggests. MOON (μ = "
+        "5) is below it everywhere, FedNTD above it everywhere. On the validation images of `fbl-rates` MOON with μ = "
+        "1 is level with FedAvg; we suspect that 5, its paper's value on CIFAR-10 with ten local epochs, is too much "
+        "for two.",
     ),
     Claim(
         "FBL",
         "FedGen is below FedAvg at every skew (as Table I prints it)",
         "−14.5, −15.9, −10.1",
         [gap("fbl-t1", "fedavg", "fedgen", column) for column in ALPHAS],
-        note="It depends on the rate. The first grid ended at 0.003, where it was two to three points below at "
-        "α = 0.1; the grid was then extended, its rate is 0.001 now, and it is within two points everywhere.",
+        note="It depends on the rate. The first grid ended at 0.003, where it was two to three points below at α = "
+        "0.1; the grid was then extended, its rate is 0.001 now, and it is within two points everywhere.",
     ),
     Claim(
         "ReGL",
@@ -267,8 +267,8 @@ CLAIMS = (
         "With one class per client FedAvg collapses and ReGL does not",
         "ImageFruit 11.9 and 72.5; EuroSAT 36.9 and 88.1",
         [gap("regl-t3", "regl-ft", "fedavg", column, above=20.0) for column, _ in BOTH],
-        note="The bound of 20 points is ours. No baseline is above 25%; the paper prints 37% for FedAvg on "
-        "EuroSAT, perhaps from pretrained weights (R-13).",
+        note="The bound of 20 points is ours. No baseline is above 25%; the paper prints 37% for FedAvg on EuroSAT, "
+        "perhaps from pretrained weights (R-13).",
     ),
     Claim(
         "ReGL",
