@@ -668,7 +668,7 @@ def test_two_workers_make_what_one_makes(tmp_path: Path) -> None:
 def test_the_page_in_the_docs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its commands are understood, its example of a table can be run."""
     text = (Path(__file__).parent.parent / "docs/reproducing.md").read_text()
-    commands = re.findall(r"^    fedkeel reproduce ([^#\n]+)", text, re.MULTILINE)
+    commands = re.findall(r"^fedkeel reproduce ([^#\n]+)", text, re.MULTILINE)
     assert len(commands) == 5
     for line in commands:
         result = fedkeel_(*line.split(), *([] if "--show" in line else ["--show"]), "--dir", tmp_path)
