@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import Counter
 
 from claims import CLAIMS, SHORT
-from drawn import PICTURE, draw, draw_figures, figures, image, said
+from drawn import PICTURE, draw, draw_figures, figures, image, there
 from judged import CELLS, ERRORS, POINTS, PROFILE, ROOT, Claim, outcomes
 
 from fedkeel.reproduce.pictures import ALT
@@ -86,12 +87,16 @@ def page() -> str:
 
 def picture() -> list[str]:
     """Methods and controls of FBL's Table I; nothing before its methods were run."""
-    shown = said()
-    if not shown:
+    if not there():
         return []
     image = f"![Accuracy of every method and control on CIFAR-10]({PICTURE.relative_to(PAGE.parent)})"
-    what = "*A dot a seed, a line their mean: baselines, methods that balance, controls"
-    return [image, "", f"{what}. {'. '.join(shown)}.*", ""]
+    what = "*A dot a seed, a line their mean: baselines, methods that balance, controls. The numbers are in the first"
+    return [image, "", f"{what} columns of [fbl-t1](#fbl-t1-{slug(experiment('fbl-t1').title)}).*", ""]
+
+
+def slug(title: str) -> str:
+    """Of a heading, as the site makes anchors of them."""
+    return "-".join(re.findall(r"\w+", title.lower()))
 
 
 def section(at: int, claim: Claim) -> list[str]:

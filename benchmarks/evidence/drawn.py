@@ -58,13 +58,6 @@ def there() -> list[str]:
     return [column for column in COLUMNS if all(of(TABLE, row, column) for row in (*BASELINES, *BALANCED))]
 
 
-def said() -> list[str]:
-    """What the picture shows, in words."""
-    return [
-        f"{head(TABLE, column)}: {'; '.join(filter(None, (_said(row, column) for row in ROWS)))}" for column in there()
-    ]
-
-
 def draw() -> None:
     """Writes the picture of the columns that were run."""
     columns = there()
@@ -147,8 +140,3 @@ def _values(row: str, column: str) -> Values:
     """By seed; nothing where the table has no such cell: some controls stand in one column only."""
     only = experiment(TABLE).rows[row].columns
     return of(TABLE, row, column) if not only or column in only else {}
-
-
-def _said(row: str, column: str) -> str:
-    values = _values(row, column).values()
-    return f"{name(TABLE, row)} {fmean(values):.1f}" if values else ""
