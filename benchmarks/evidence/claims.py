@@ -190,7 +190,8 @@ CLAIMS = (
         "CIFAR-100, α = 0.1: FedAvg 33.89, FBL 36.52, FBL (50%) 48.47; Tiny-ImageNet: 28.04, 25.61, 35.72",
         [gap("fbl-t1", "fbl", "fedavg", "c100-01"), gap("fbl-t1", "fbl-50", "fbl", "c100-01")],
         note="Here FBL loses three points, as the paper has it on Tiny-ImageNet. Clients hold 70 images of each class "
-        "together, of which the cut leaves a quarter; a Gaussian per class, fitted to 30 public images, fills the rest.",
+        "together, of which the cut leaves a quarter; a Gaussian per class, fitted to 30 public images, fills the "
+        "rest.",
     ),
     Claim(
         "FBL",
