@@ -432,8 +432,8 @@ def generation(figures: Figures) -> str:
 def machine(figures: Figures) -> str:
     """What it was measured on."""
     found = figures["hardware"]
-    measured = {each["commit"][:10]: each["changed"] for each in (found, *figures["measured"].values())}
-    commits = ", ".join(f"`{commit}`" + " with changes" * changed for commit, changed in sorted(measured.items()))
+    measured = {(each["commit"][:10], each["changed"]) for each in (found, *figures["measured"].values())}
+    commits = ", ".join(f"`{commit}`" + " with changes" * changed for commit, changed in sorted(measured))
     return (
         f"{found['processor']}, {found['cores']} cores, {found['memory_gb']} GB, Python {found['python']}, "
         f"PyTorch {found['torch']}; fedkeel at commits {commits}. "

@@ -89,9 +89,9 @@ def picture() -> list[str]:
     """Methods and controls of FBL's Table I; nothing before its methods were run."""
     if not there():
         return []
-    image = f"![Accuracy of every method and control on CIFAR-10]({PICTURE.relative_to(PAGE.parent)})"
+    shown = f"![Accuracy of every method and control on CIFAR-10]({PICTURE.relative_to(PAGE.parent)})"
     what = "*A dot a seed, a line their mean: baselines, methods that balance, controls. The numbers are in the first"
-    return [image, "", f"{what} columns of [fbl-t1](#fbl-t1-{slug(experiment('fbl-t1').title)}).*", ""]
+    return [shown, "", f"{what} columns of [fbl-t1](#fbl-t1-{slug(experiment('fbl-t1').title)}).*", ""]
 
 
 def slug(title: str) -> str:
