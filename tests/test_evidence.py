@@ -32,31 +32,38 @@ def judged() -> Iterator[ModuleType]:
 def numbers(judged: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Numbers:
     """What methods reached, in whatever table: filled by the test."""
     found: Numbers = {}
-    monkeypatch.setattr(judged, "of", lambda table, row, column: found.get((row, column), {}))
+    monkeypatch.setattr(
+        judged, "of", lambda table, row, column, way: {} if way == "printed" else found.get((row, column), {})
+    )
     return found
 
 
-def part(judged: ModuleType, values: dict[int, float], above: float = 0.0) -> Any:
-    return judged.Part("a − b", (("fbl-t3", "m2", "c10"), ("fbl-t3", "m1", "c10")), lambda: values, above)
+def part(judged: ModuleType, values: dict[int, float], above: float | None = None, **others: dict[int, float]) -> Any:
+    """others: by reading."""
+    places = (("fbl-t3", "m2", "c10"), ("fbl-t3", "m1", "c10"))
+    return judged.Part("a − b", places, lambda way: {"headline": values, **others}.get(way, {}), above)
 
 
 @pytest.mark.parametrize(
     ("values", "above", "verdict"),
     [
-        ({}, 0.0, "missing"),
-        ({1: 3.0}, 0.0, "missing"),
-        ({1: 3.0, 2: 2.0}, 0.0, "seen"),  # mean 2.5, standard error 0.5
-        ({1: 3.0, 2: 0.5}, 0.0, "open"),  # mean 1.75, standard error 1.25
-        ({1: 0.9, 2: 0.8}, 0.0, "open"),  # less than a point
-        ({1: 3.0, 2: -0.1}, 0.0, "open"),
-        ({1: 9.0, 2: 9.0, 3: 9.0, 4: -0.1, 5: 9.0}, 0.0, "open"),  # mean 7.2, error 1.8, but one the other way
-        ({1: -3.0, 2: -2.5, 3: -2.0}, 0.0, "contradicted"),
+        ({}, None, "missing"),
+        ({1: 3.0}, None, "missing"),
+        ({1: 3.0, 2: 2.0}, None, "seen"),  # mean 2.5, standard error 0.5
+        ({1: 3.0, 2: 0.5}, None, "open"),  # mean 1.75, standard error 1.25
+        ({1: 0.9, 2: 0.8}, None, "open"),  # less than a point
+        ({1: 0.9, 2: 0.8}, 0.0, "seen"),  # a bound need not be a point away
+        ({1: 3.0, 2: -0.1}, None, "open"),
+        ({1: 9.0, 2: 9.0, 3: 9.0, 4: -0.1, 5: 9.0}, None, "open"),  # mean 7.2, error 1.8, but one the other way
+        ({1: -3.0, 2: -2.5, 3: -2.0}, None, "contradicted"),
         ({1: -0.5, 2: -0.4}, -1.0, "seen"),  # half a point above the bound
         ({1: 15.0, 2: 16.0}, 20.0, "contradicted"),
         ({1: 19.0, 2: 25.0}, 20.0, "open"),
     ],
 )
-def test_verdict_of_a_difference(judged: ModuleType, values: dict[int, float], above: float, verdict: str) -> None:
+def test_verdict_of_a_difference(
+    judged: ModuleType, values: dict[int, float], above: float | None, verdict: str
+) -> None:
     assert part(judged, values, above).verdict() == verdict
 
 
@@ -94,20 +101,29 @@ def test_words_of_a_difference(judged: ModuleType) -> None:
     assert part(judged, {1: 3.0}, -1.0).words() == "a − b: **+3.0** (+3.0, to be above −1.0; one seed, not judged)"
     assert part(judged, {1: -0.04, 2: 0.04}).words() == "a − b: **+0.0** (+0.0, +0.0)"
     assert part(judged, {}).words() == "a − b: not run"
+    assert part(judged, {}, printed={0: 7.0}).words() == "a − b: not run; printed +7.0"
+    found = part(judged, {1: 3.0, 2: 2.0}, printed={0: -7.0}, end={1: 1.0, 2: 2.0}).words()
+    assert found == "a − b: **+2.5** (+3.0, +2.0); printed −7.0; at the end +1.5"
+
+
+def test_a_claim_may_turn_at_the_end_of_the_runs(judged: ModuleType) -> None:
+    claim = judged.Claim("FBL", "x", "y", [part(judged, SEEN, end=AGAINST)])
+    assert claim.verdict() == "holds" and claim.verdict("end") == "does not hold"
 
 
 def test_differences_are_taken_seed_by_seed(judged: ModuleType, numbers: Numbers) -> None:
-    """Seed 3 has only one of the two; best_of needs every baseline, and takes the best of each seed."""
+    """Seed 3 has only one of the two; best_of needs every baseline, and takes the best by mean: m3, 43 above 42."""
     numbers |= {
         ("m1", "c10"): {1: 40.0, 2: 44.0},
         ("m2", "c10"): {1: 42.0, 2: 43.0, 3: 90.0},
-        ("m3", "c10"): {1: 45.0, 2: 41.0},
+        ("m3", "c10"): {1: 45.0, 2: 41.0, 3: 0.0},
     }
     assert judged.gap("fbl-t3", "m2", "m1", "c10").values() == {1: 2.0, 2: -1.0}
-    assert judged.best_of("fbl-t3", "m2", ["m1", "m3"], "c10").values() == {1: -3.0, 2: -1.0}
+    assert judged.best_of("fbl-t3", "m2", ["m1", "m3"], "c10").values() == {1: -3.0, 2: 2.0, 3: 90.0}
     assert judged.best_of("fbl-t3", "m2", ["m1", "m3", "m4"], "c10").values() == {}
     best = judged.best_of("fbl-t3", "m2", ["m1", "m3"], "c10")
     assert best.label == "M2: loss − the best of 2 baselines, CIFAR-10" and len(best.places) == 3
+    assert best.whose() == ", M3: loss, alignment"
 
 
 def test_differences_of_differences(judged: ModuleType, numbers: Numbers) -> None:
@@ -212,14 +228,49 @@ def test_figures_are_measured_seed_by_seed(
 def test_a_run_that_diverged_counts_as_chance(judged: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """And one that failed otherwise counts for nothing."""
     (cell,) = judged.cells(judged.experiment("fbl-t3"), "reduced", ["m1"], [], [1])
-    done = judged.Outcome(
-        cell, {"key": cell.key, "headline": {"global/accuracy": 0.5}, "classes": dict.fromkeys("abcd")}
-    )
+    curve = {"global/accuracy": [0.5] * 20}
+    kept = {"key": cell.key, "headline": {"global/accuracy": 0.5}, "rounds": curve, "classes": dict.fromkeys("abcd")}
+    done = judged.Outcome(cell, kept)
     lost = judged.Outcome(cell, None, "round 3: client 0: the training loss is nan after 14 steps")
     broken = judged.Outcome(cell, None, "no space left on device")
     found = {("m1", "c10", 1): done, ("m1", "c10", 2): lost, ("m1", "c10", 3): broken}
     monkeypatch.setattr(judged, "outcomes", lambda table: found)
     assert judged.of("fbl-t3", "m1", "c10") == {1: 50.0, 2: 25.0}
+
+
+@pytest.mark.parametrize(
+    ("curve", "headline", "end"),
+    [
+        ([0.0] * 10 + [0.5] * 7 + [0.6, 0.7, 0.8], 56.0, 70.0),
+        ([0.0] * 7 + [0.6, 0.7, 0.8], 70.0, 70.0),  # ten rounds are all there are: the last three stand for them
+        ([0.0, None] * 7 + [0.6, None, 0.7, None, 0.8], 70.0, 70.0),  # likewise, every second round measured
+    ],
+)
+def test_the_end_of_a_run(
+    judged: ModuleType, monkeypatch: pytest.MonkeyPatch, curve: list[float | None], headline: float, end: float
+) -> None:
+    """The mean of the last ten and of the last three measured rounds."""
+    (cell,) = judged.cells(judged.experiment("fbl-t3"), "reduced", ["m1"], [], [1])
+    tail = [each for each in curve if each is not None][-10:]
+    kept = {
+        "key": cell.key,
+        "headline": {"global/accuracy": sum(tail) / len(tail)},
+        "rounds": {"global/accuracy": curve},
+    }
+    monkeypatch.setattr(judged, "outcomes", lambda table: {("m1", "c10", 1): judged.Outcome(cell, kept)})
+    assert judged.of("fbl-t3", "m1", "c10")[1] == pytest.approx(headline)
+    assert judged.of("fbl-t3", "m1", "c10", "end")[1] == pytest.approx(end)
+    assert judged.of("fbl-t3", "m1", "c10", "printed") == {0: 75.16}
+
+
+def test_what_the_papers_printed_passes_their_claims(judged: ModuleType) -> None:
+    """A claim that the paper's own numbers go against is not the paper's."""
+    import claims
+
+    printed = [(claim, part, *part.values("printed").values()) for claim in claims.CLAIMS for part in claim.parts]
+    known = [each for each in printed if len(each) == 3]
+    assert len(known) > 60
+    assert [(c.text, p.label, value) for c, p, value in known if value <= (p.above or 0.0)] == []
 
 
 def test_commands_run_a_claims_cells(judged: ModuleType) -> None:

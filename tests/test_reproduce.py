@@ -402,6 +402,7 @@ def made(cell: Cell, accuracy: float, **over: object) -> Outcome:
         "headline": {"global/accuracy": accuracy},
         "departures": ["a small network", *filter(None, [cell.row.note, cell.column.note])],
         "generator": None,
+        "data": {"name": "tiny", "fingerprint": "of the images"},
         "versions": {"fedkeel": "0.1.0", "torch": "2.13.0", "numpy": "2"},
         "commit": "0123456789abcdef",
         "hardware": {"processor": "A processor", "gpu": None},
@@ -430,8 +431,21 @@ def table(tiny: Files) -> shown.Shown:
     outcomes[at] = made(outcomes[at].cell, 0.9, key="before", config=config)
     outcomes[names.index("own--a--seed2")] = Outcome(outcomes[names.index("own--a--seed2")].cell, None, "a < b")
     at = names.index("prox--b--seed1")
-    outcomes[at] = made(outcomes[at].cell, 0.7, same_as="smoke/tiny/prox--b--seed1", departures=["half of the data"])
+    outcomes[at] = made(outcomes[at].cell, 0.7, same_as="smoke/tiny/prox--b--seed1", departures=["in older words"])
     return shown.show(experiment("tiny"), "reduced", outcomes)
+
+
+def test_cells_of_other_data_are_never_mixed_in(tiny: Files) -> None:
+    """Most cells of a column decide; the key has no images."""
+    outcomes = [made(cell, 0.5) for cell in command.plan(["tiny"], "reduced")]
+    names = [outcome.cell.name for outcome in outcomes]
+    at = names.index("avg--a--seed2")
+    outcomes[at] = made(outcomes[at].cell, 0.9, data={"name": "tiny", "fingerprint": "0123456789abcdef"})
+    found = shown.show(experiment("tiny"), "reduced", outcomes)
+    assert found.spots["avg", "a"].stale == (2,) and found.spots["avg", "a"].mean == 50
+    assert [text.rpartition(": ")[2] for text in found.stale] == [
+        "run on other data than most cells of its column, 0123456789ab"
+    ]
 
 
 def test_our_numbers_beside_the_printed_ones(table: shown.Shown) -> None:
@@ -455,7 +469,6 @@ def test_what_stands_below_a_table(table: shown.Shown) -> None:
         ("a small network", ""),
         ("a control", "Control"),
         ("twice the epochs", "B"),
-        ("half of the data", "FedProx in B"),
     ]
     assert table.stale == ("Control, B, seed 1: rounds = 2, run with 7",)
     assert table.failed == ("Control, A, seed 2: a < b",)

@@ -21,7 +21,7 @@ def saturates(column: str) -> Part:
     """A quarter of the gain from 0 to 40% less the gain from 40 to 75%."""
     first, second = gap("fbl-t4", "fbl-40", "fbl", column), gap("fbl-t4", "fbl-75", "fbl-40", column)
     words = f"a quarter of the gain from 0 to 40% − the gain from 40 to 75%, {head('fbl-t4', column)}"
-    return (0.25 * first - second).called(words)
+    return (0.25 * first - second).called(words, above=0.0)
 
 
 def fall(table: str, picture: str, row: str, which: str, words: str) -> Part:
@@ -31,15 +31,16 @@ def fall(table: str, picture: str, row: str, which: str, words: str) -> Part:
 
 
 SHORT = (
-    "**FBL evens out the skew**: its accuracy hardly depends on it, where FedAvg's does. So it is above all "
-    "baselines of the paper at α = 0.1, near the best at 0.3 and below it at 0.5.",
+    "**FBL evens out the skew** on CIFAR-10: its accuracy hardly depends on it, where FedAvg's does. So it is above "
+    "all baselines of the paper at α = 0.1, near the best at 0.3 and below it at 0.5. On CIFAR-100, with few images of "
+    "each class, and with 100 clients, it is below FedAvg.",
     "**Its cut costs accuracy** at every skew; keeping all real images and filling beside them is better. Which "
     "images it keeps, offsets, drop and replay make no difference that two seeds can show.",
-    "**Clients that need not cut** win three to five points at every skew.",
-    "**ReGL**, which adds and never cuts, is the best of FBL's Table I too, and far above all others where a client "
-    "holds one or two classes. At β = 0.5 it is level with them.",
+    "**Clients that need not cut** win three to five points on CIFAR-10 at every skew.",
+    "**ReGL**, which adds and never cuts, is the best method on CIFAR-10 in FBL's Table I too, and far above all "
+    "others where a client holds one or two classes. At β = 0.5 it is level with the best of them.",
     "**Generators as small as these are no better than a Gaussian** per class on CIFAR-10, tuning them adds "
-    "nothing, and the public images that they learned from, given to the clients themselves, beat every method.",
+    "nothing, and the public images that they learned from, given to the clients themselves, beat every method there.",
 )
 """What the claims and controls come to, by hand."""
 
@@ -92,7 +93,7 @@ CLAIMS = (
         "FBL",
         "That gain saturates at λ of 25 to 40%",
         "α = 0.1: 76.06, 79.21 (25%), 79.69 (40%), 79.81 (75%); α = 0.5: 84.58, 84.95, 85.38, 85.92, which does not",
-        [saturates("c10-01"), saturates("c10-05")],
+        [saturates("c10-01")],
         note="The two are turned round: printed is a gain that saturates at α = 0.1 and goes on at 0.5. Here at 0.1 "
         "four points are gained up to 40% and two more up to 75%, at 0.5 four and less than one.",
     ),
@@ -109,6 +110,8 @@ CLAIMS = (
         "FBL is best with 50 and with 100 clients",
         "75.27 (best baseline 72.39) and 66.28 (63.78)",
         [best_of("fbl-t2b", "fbl", SIX, column) for column in ("c10-50", "c10-100")],
+        note="With 50 clients it is level with FedAvg, with 100 two points below it; SCAFFOLD is the best with both. A "
+        "client of a hundred holds 100 images, of which the cut leaves half.",
     ),
     Claim(
         "FBL",
@@ -153,8 +156,8 @@ CLAIMS = (
     ),
     Claim(
         "FBL",
-        "The replay period matters (Fig. 4b; m = 50 above shorter and longer ones)",
-        "a figure; its values are not in the text",
+        "The replay period matters (Fig. 4b; m = 50, which the paper takes, above shorter and longer ones)",
+        "a figure; its values are not in the text, that 50 is the best is concluded from the choice",
         [rise("fbl-f4b", "fbl", "m50", other) for other in ("m10", "m25", "m100", "never")],
         note="From the shortest period to no renewal at all the accuracy moves by less than a point. m = 50 of 200 is "
         "8 of 30 here.",
@@ -186,12 +189,23 @@ CLAIMS = (
     ),
     Claim(
         "FBL",
-        "Under strong skew with many classes FBL gains little, with unconstrained clients much",
-        "CIFAR-100, α = 0.1: FedAvg 33.89, FBL 36.52, FBL (50%) 48.47; Tiny-ImageNet: 28.04, 25.61, 35.72",
-        [gap("fbl-t1", "fbl", "fedavg", "c100-01"), gap("fbl-t1", "fbl-50", "fbl", "c100-01")],
-        note="Here FBL loses three points, as the paper has it on Tiny-ImageNet. Clients hold 70 images of each class "
-        "together, of which the cut leaves a quarter; a Gaussian per class, fitted to 30 public images, fills the "
-        "rest.",
+        "With a hundred classes FBL gains less over FedAvg than with ten (α = 0.1)",
+        "over FedAvg: CIFAR-10 +19.46, CIFAR-100 +2.63, Tiny-ImageNet −2.43",
+        [
+            (gap("fbl-t1", "fbl", "fedavg", "c10-01") - gap("fbl-t1", "fbl", "fedavg", "c100-01")).called(
+                "gain over FedAvg on CIFAR-10 − on CIFAR-100"
+            )
+        ],
+        note="On CIFAR-100 FBL is three points below FedAvg, at 7 and 10%: clients hold 70 images of each class "
+        "together, of which the cut leaves a quarter, and a Gaussian per class, fitted to 30 public images, fills the "
+        "rest. On the ten classes of Tiny-ImageNet, where the Gaussian has 150, FBL gains fourteen points.",
+    ),
+    Claim(
+        "FBL",
+        "Under strong skew unconstrained clients gain much on the harder data sets",
+        "FBL (50%) over FBL, α = 0.1: CIFAR-100 +11.95, Tiny-ImageNet +10.11",
+        [gap("fbl-t1", "fbl-50", "fbl", column) for column in ("c100-01", "tiny-01")],
+        note="Half of what is printed. They make eight times FBL's steps on CIFAR-100, three times on Tiny-ImageNet.",
     ),
     Claim(
         "FBL",
@@ -223,6 +237,9 @@ CLAIMS = (
             for data, _ in BOTH
             for row in ("fedavg", "fedavg-personal")
         ],
+        note="The global model gains more than printed, on EuroSAT already with 5%. The clients' own accuracy gains "
+        "next to nothing: a model measured on a client's one or two classes is right before it knows the others, and "
+        "is here the best of its rounds.",
     ),
     Claim(
         "ReGL",
@@ -261,9 +278,9 @@ CLAIMS = (
         "ImageFruit 78.8 and 78.2, the others likewise but for EuroSAT, 93.3 and 95.6",
         [
             (at("regl-t2", "regl-ft", f"{data}-05") - at("regl-t2", "centralized", f"{data}-001")).called(
-                f"ReGL (FT) at β=0.5 − Centralized, {words}", above=-1.0
+                f"ReGL (FT) at β=0.5 − Centralized, {words}", above=bound
             )
-            for data, words in BOTH
+            for data, words, bound in (("fruit", "food", -1.0), ("eurosat", "EuroSAT", -3.0))
         ],
         note="The paper's reason is a generator that has seen far more images than all clients together; those here "
         "have seen fewer. The centralised model makes half of ReGL's steps, at FedAvg's rate.",
@@ -284,12 +301,17 @@ CLAIMS = (
             *(gap("regl-t4", "separate", "fedavg", column) for column in ("fruit-001", "eurosat-001")),
             *(gap("regl-t4", "fedavg", "separate", column) for column in ("fruit-05", "eurosat-05")),
         ],
+        note="Separate is above FedAvg at both: clients that train alone reach 57 and 68% at β = 0.5. The 22% that the "
+        "paper prints there is less than what clients get that always name their most frequent class (31%, over 500 "
+        "draws of the partition).",
     ),
     Claim(
         "ReGL",
         "Personal models: ReGL (FT) is above every baseline",
         "over the best, FedCAC, on average +14.3 at β = 0.01, +28.4 at β = 0.5 (the text: 15, and over 30)",
         [best_of("regl-t4", "regl-ft", PERSONAL, column) for column in SKEWS],
+        note="Within four points of the best baseline, Separate or FedCAC, and no side of it: clients of few classes "
+        "need no images of the others to be right about their own.",
     ),
     Claim(
         "ReGL",
@@ -301,17 +323,26 @@ CLAIMS = (
             ).called(f"{words}: gain over FedCAC at 0.5 − at 0.01")
             for data, words in BOTH
         ],
+        note="The other way round, as the margin is there at β = 0.01 only.",
     ),
     Claim(
         "ReGL",
         "ReGL hardly depends on the skew: from β = 0.01 to IID it changes less than FedAvg does",
         "ReGL 77.3 to 81.0, FedAvg 30.1 to 73.6",
         [
-            (
-                rise("regl-t5", "fedavg", f"{data}-iid", f"{data}-001")
-                - rise("regl-t5", "regl-ft", f"{data}-iid", f"{data}-001")
-            ).called(f"FedAvg's rise − ReGL's rise, {words}")
-            for data, words in BOTH
+            *(
+                rise("regl-t5", "regl-ft", f"{data}-001", f"{data}-iid").called(
+                    f"ReGL at β = 0.01 − IID, {words}", above=-6.0
+                )
+                for data, words in BOTH
+            ),
+            *(
+                (
+                    rise("regl-t5", "fedavg", f"{data}-iid", f"{data}-001")
+                    - rise("regl-t5", "regl-ft", f"{data}-iid", f"{data}-001")
+                ).called(f"FedAvg's rise from β = 0.01 to IID − ReGL's, {words}")
+                for data, words in BOTH
+            ),
         ],
     ),
     Claim(
@@ -363,11 +394,15 @@ CLAIMS = (
         "Accuracy grows with the synthetic images per class and flattens",
         "ImageNet100: 60 at 500, 77 at 2,000; 2,000 is taken. A tenth of the images here",
         [
-            rise("regl-f5", "regl-ft", "fruit-v2000", "fruit-v500"),
-            (
-                0.5 * rise("regl-f5", "regl-ft", "fruit-v2000", "fruit-v500")
-                - rise("regl-f5", "regl-ft", "fruit-v4000", "fruit-v2000")
-            ).called("gain of a doubling up to 2,000 − gain from 2,000 to 4,000"),
+            part
+            for data, words in BOTH
+            for part in (
+                rise("regl-f5", "regl-ft", f"{data}-v2000", f"{data}-v500"),
+                (
+                    0.5 * rise("regl-f5", "regl-ft", f"{data}-v2000", f"{data}-v500")
+                    - rise("regl-f5", "regl-ft", f"{data}-v4000", f"{data}-v2000")
+                ).called(f"gain of a doubling up to 2,000 − gain from 2,000 to 4,000, {words}", above=0.0),
+            )
         ],
     ),
     Claim(
@@ -436,7 +471,8 @@ CLAIMS = (
         "76.06 against 56.60; the paper's baselines do not fit one optimiser",
         [gap("fbl-t1", "fbl", "fedavg", "c10-01+printed")],
         note="Thirty rounds of two epochs are too few for a rate of 0.001 without momentum: all methods end between 10 "
-        "and 20%, where more steps are all that counts. The paper makes 200 rounds of ten.",
+        "and 20%, where more steps are all that counts. The paper makes 200 rounds of ten. Which optimiser its rows "
+        "had stays open: the profile `paper` has each column with both.",
     ),
     Claim(
         "ours",
@@ -476,7 +512,7 @@ CLAIMS = (
         "A learned generator fills better than a Gaussian per class",
         "not in the paper",
         [gap("fbl-t1", "fbl", "fbl-gaussian", column) for column in ALPHAS],
-        note="As in the [card](generator-card.md): a Gaussian per class fills as well as the bundled flow.",
+        note="As in the [card](generator-card.md): a Gaussian per class fills a little better than the bundled flow.",
     ),
     Claim(
         "ours",

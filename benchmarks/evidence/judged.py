@@ -5,6 +5,9 @@ seed. One counts as seen when all seeds have its sign, their mean is a point or 
 from nothing; as contradicted when all of that holds the other way; else as open. A claim holds when all of its
 differences are seen, and fails when one is contradicted and none is seen; between these it holds in part. A run that
 diverged counts as chance. What was not run is said, never guessed.
+
+The same arithmetic reads three numbers of a cell: its headline, which is judged; the end of its run, as many runs still
+rise; and what the paper printed.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
-from fedkeel.reproduce.cells import Outcome, read
+from fedkeel.record import TAIL, headline
+from fedkeel.reproduce.cells import Outcome, of_one_data, read
 from fedkeel.reproduce.pictures import Picture, Source, asked
 from fedkeel.reproduce.shown import show
 from fedkeel.reproduce.tables import Cell, cells, experiment
@@ -30,6 +34,9 @@ LEAST, SEEDS = 2, 3
 POINTS, ERRORS = 1.0, 2.0
 """A difference is seen that is as large and so many standard errors away from nothing."""
 
+END = 3
+"""Rounds that are the end of a run: its headline, where it has no more than the ten of any headline."""
+
 MEASURED = "measured.json"
 """What figures show in numbers, beside their cells: written by measured.py."""
 
@@ -37,53 +44,62 @@ Values = dict[int, float]
 """By seed, in points (per cent of the test images)."""
 Place = tuple[str, str, str]
 """Table, row and column."""
+Reading = Literal["headline", "end", "printed"]
+"""Which number of a cell: the mean of its last ten rounds, that of its last three, or the paper's (as seed 0)."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A number by seed: an accuracy, or what is made of several. places: the cells. above: what a claim says that it is
-    more than; where that is not nothing, the bound is ours, and how large the rest is does not matter. figure: whose
-    numbers it is made of, rather than cells."""
+    """A number by seed: an accuracy, or what is made of several. places: the cells. reads: the numbers, by reading.
+    above: what a claim says that it is more than; with such a bound, which is ours, it does not matter how large the
+    rest is. figure: whose numbers it is made of, rather than cells. whose: which row a best one is."""
 
     label: str
     places: tuple[Place, ...]
-    values: Callable[[], Values]
-    above: float = 0.0
+    reads: Callable[[Reading], Values]
+    above: float | None = None
     figure: str = ""
+    whose: Callable[[], str] = str
 
     def __sub__(self, other: Part) -> Part:
         label = f"{self.label} − {other.label}"
         places = (*self.places, *other.places)
-        return Part(label, places, lambda: minus(self.values(), other.values()), figure=self.figure)
+        return Part(label, places, lambda way: minus(self.values(way), other.values(way)), figure=self.figure)
 
     def __rmul__(self, factor: float) -> Part:
-        values = self.values
         label = f"{factor:g} × {self.label}"
-        return replace(self, label=label, values=lambda: {seed: factor * v for seed, v in values().items()})
+        return replace(self, label=label, reads=lambda way: {seed: factor * v for seed, v in self.values(way).items()})
 
-    def called(self, label: str = "", above: float = 0.0) -> Part:
+    def called(self, label: str = "", above: float | None = None) -> Part:
         """The same under another name, or with a bound."""
         return replace(self, label=label or self.label, above=above)
 
-    def verdict(self) -> str:
+    def values(self, reading: Reading = "headline") -> Values:
+        """By seed."""
+        return self.reads(reading)
+
+    def verdict(self, reading: Reading = "headline") -> str:
         """seen, contradicted, open, or missing with fewer than two seeds."""
-        found = [value - self.above for value in self.values().values()]
+        found = [value - (self.above or 0.0) for value in self.values(reading).values()]
         if len(found) < LEAST:
             return "missing"
         mean, error = fmean(found), stdev(found) / len(found) ** 0.5
-        if abs(mean) <= ERRORS * error or (not self.above and abs(mean) < POINTS):
+        if abs(mean) <= ERRORS * error or (self.above is None and abs(mean) < POINTS):
             return "open"
         return "seen" if min(found) > 0 else "contradicted" if max(found) < 0 else "open"
 
     def words(self) -> str:
-        """The mean, and each seed's."""
+        """The mean, and each seed's; beside it what the paper printed, and the end of the runs."""
         found = self.values()
+        printed = [f"printed {signed(value)}" for value in self.values("printed").values()]
         if not found:
-            return f"{self.label}: not run"
-        asked = f", to be above {signed(self.above)}" if self.above else ""
+            return "; ".join([f"{self.label}: not run", *printed])
+        asked = "" if self.above is None else f", to be above {signed(self.above)}"
         each = ", ".join(signed(value) for _, value in sorted(found.items()))
         few = "; one seed, not judged" if len(found) < LEAST else ""
-        return f"{self.label}: **{signed(fmean(found.values()))}** ({each}{asked}{few})"
+        mean = f"{self.label}{self.whose()}: **{signed(fmean(found.values()))}** ({each}{asked}{few})"
+        end = self.values("end").values()
+        return "; ".join([mean, *printed, *([f"at the end {signed(fmean(end))}"] if end else [])])
 
 
 @dataclass(frozen=True)
@@ -99,11 +115,11 @@ class Claim:
     note: str = ""
     key: str = ""
 
-    def verdict(self) -> str:
+    def verdict(self, reading: Reading = "headline") -> str:
         """In words."""
         if self.untestable:
             return "cannot be tested here"
-        found = [part.verdict() for part in self.parts]
+        found = [part.verdict(reading) for part in self.parts]
         judged = [each for each in found if each != "missing"]
         if not judged:
             return "one seed, not judged" if any(part.values() for part in self.parts) else "not run yet"
@@ -139,18 +155,29 @@ def signed(value: float) -> str:
 @cache
 def outcomes(table: str) -> dict[tuple[str, str, int], Outcome]:
     """Every cell of a table, by row, column and seed."""
-    planned = cells(experiment(table), PROFILE)
-    return {(cell.row.key, cell.column.key, cell.seed): read(cell, CELLS) for cell in planned}
+    found = of_one_data([read(cell, CELLS) for cell in cells(experiment(table), PROFILE)])
+    return {(each.cell.row.key, each.cell.column.key, each.cell.seed): each for each in found}
 
 
-def of(table: str, row: str, column: str) -> Values:
+def of(table: str, row: str, column: str, reading: Reading = "headline") -> Values:
     """What a method reached; chance where its run diverged."""
     found = outcomes(table)
     assert (row, column) in {key[:2] for key in found}, f"{table} has no {row} in {column}"
+    if reading == "printed":
+        return dict(enumerate(experiment(table).printed.get(row, {}).get(column, ())[:1]))
     here = {seed: outcome for (r, c, seed), outcome in found.items() if (r, c) == (row, column)}
-    values = {seed: outcome.headline() for seed, outcome in here.items()}
+    values = {seed: reached(outcome, reading) for seed, outcome in here.items()}
     chance = {seed: 1 / classes(table, column) for seed, outcome in here.items() if diverged(outcome)}
     return {seed: 100 * value for seed, value in {**values, **chance}.items() if value is not None}
+
+
+def reached(outcome: Outcome, reading: Reading) -> float | None:
+    """In [0, 1]; None where the cell is not done."""
+    value, metric = outcome.headline(), outcome.cell.row.metric
+    if value is None or outcome.found is None:
+        return None
+    curve = [each for each in outcome.found["rounds"][metric] if each is not None]
+    return value if reading == "headline" and len(curve) > TAIL else headline(metric, curve[-END:])
 
 
 def diverged(outcome: Outcome) -> bool:
@@ -217,8 +244,9 @@ def figure(table: str, name: str, number: str, label: str = "") -> Part:
     """A number that was measured for a picture, times 100, by seed."""
     assert number in names_of(picture_of(table, name)), f"{table} {name} has no {number}"
 
-    def values() -> Values:
-        found = {seed: numbers.get(number) for seed, numbers in kept_of(table, name).items()}
+    def values(reading: Reading) -> Values:
+        kept = kept_of(table, name) if reading == "headline" else {}
+        found = {seed: numbers.get(number) for seed, numbers in kept.items()}
         return {seed: 100 * value for seed, value in found.items() if value is not None}
 
     return Part(label or number, (), values, figure=table)
@@ -227,39 +255,46 @@ def figure(table: str, name: str, number: str, label: str = "") -> Part:
 def at(table: str, row: str, column: str) -> Part:
     """What a method reached."""
     label = f"{name(table, row)}, {head(table, column)}"
-    return Part(label, ((table, row, column),), lambda: of(table, row, column))
+    return Part(label, ((table, row, column),), lambda way: of(table, row, column, way))
 
 
-def gap(table: str, a: str, b: str, column: str, above: float = 0.0) -> Part:
+def gap(table: str, a: str, b: str, column: str, above: float | None = None) -> Part:
     """How far row `a` is above row `b`."""
     label = f"{name(table, a)} − {name(table, b)}, {head(table, column)}"
     return (at(table, a, column) - at(table, b, column)).called(label, above)
 
 
-def rise(table: str, row: str, after: str, before: str, above: float = 0.0) -> Part:
+def rise(table: str, row: str, after: str, before: str, above: float | None = None) -> Part:
     """How far column `after` is above column `before` in one row."""
     label = f"{name(table, row)}, {head(table, after)} − {head(table, before)}"
     return (at(table, row, after) - at(table, row, before)).called(label, above)
 
 
 def best_of(table: str, row: str, others: Sequence[str], column: str, called: str = "") -> Part:
-    """How far a row is above the best of the others, seed by seed; nothing before all of them were run."""
+    """How far a row is above the best of the others by its mean over seeds; nothing before all of them were run."""
 
-    def values() -> Values:
-        each = [of(table, other, column) for other in others]
-        seeds = set.intersection(*(set(found) for found in each))
-        return minus(of(table, row, column), {seed: max(found[seed] for found in each) for seed in seeds})
+    def best(reading: Reading) -> str:
+        each = {other: of(table, other, column, reading) for other in others}
+        if reading == "printed":
+            each = {other: values for other, values in each.items() if values}  # not every table prints every method
+        seeds = set.intersection(*(set(values) for values in each.values())) if each else set()
+        return max(each, key=lambda other: fmean(each[other][seed] for seed in seeds)) if seeds else ""
+
+    def values(reading: Reading) -> Values:
+        found = best(reading)
+        return minus(of(table, row, column, reading), of(table, found, column, reading)) if found else {}
 
     label = f"{name(table, row)} − the best of {called or f'{len(others)} baselines'}, {head(table, column)}"
-    return Part(label, tuple((table, each, column) for each in (row, *others)), values)
+    places = tuple((table, each, column) for each in (row, *others))
+    return Part(label, places, values, whose=lambda: f", {name(table, best('headline'))}")
 
 
 def relative(a: Part, b: Part, label: str) -> Part:
     """How far the first is above the second, in per cent of the second."""
 
-    def values() -> Values:
-        base = b.values()
-        return {seed: 100 * each / base[seed] for seed, each in (a - b).values().items()}
+    def values(reading: Reading) -> Values:
+        base = b.values(reading)
+        return {seed: 100 * each / base[seed] for seed, each in (a - b).values(reading).items()}
 
     return Part(label, (*a.places, *b.places), values, figure=a.figure)
 

@@ -18,10 +18,11 @@ import signal
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -54,12 +55,13 @@ Tell = Callable[["Outcome"], None]
 @dataclass(frozen=True)
 class Outcome:
     """A cell and what its JSON file says; None where there is none. error: why it failed when it was run last. fresh:
-    it came to be just now."""
+    it came to be just now. apart: it was run on other data than the cells beside it."""
 
     cell: Cell
     found: Mapping[str, Any] | None
     error: str = ""
     fresh: bool = False
+    apart: bool = False
 
     @property
     def state(self) -> str:
@@ -68,7 +70,7 @@ class Outcome:
             return "failed"
         if self.found is None:
             return "missing"
-        return "done" if self.found["key"] == self.cell.key else "stale"
+        return "done" if self.found["key"] == self.cell.key and not self.apart else "stale"
 
     def headline(self) -> float | None:
         """The row's metric, in [0, 1]; None where it is not done."""
@@ -99,6 +101,22 @@ def read(cell: Cell, folder: Path) -> Outcome:
     if (found is None or found["key"] != cell.key) and failed.is_file():
         return Outcome(cell, found, str(json.loads(failed.read_text())["error"]))
     return Outcome(cell, found)
+
+
+def of_one_data(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The same, where a cell is stale that was run on other data than most cells of its column: the key has no images,
+    only where they lie."""
+    prints: dict[str, Counter[str]] = {}
+    for each in outcomes:
+        if each.state == "done" and each.found is not None:
+            prints.setdefault(each.cell.column.key, Counter())[each.found["data"]["fingerprint"]] += 1
+    most = {column: found.most_common(1)[0][0] for column, found in prints.items()}
+    return [
+        replace(each, apart=True)
+        if each.state == "done" and each.found and each.found["data"]["fingerprint"] != most[each.cell.column.key]
+        else each
+        for each in outcomes
+    ]
 
 
 def reproduce(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedkeel.comparison import differing
 from fedkeel.report.table import duration
-from fedkeel.reproduce.cells import Outcome
+from fedkeel.reproduce.cells import Outcome, of_one_data
 from fedkeel.reproduce.tables import HEADLINE, Column, Experiment, L, Row
 
 if TYPE_CHECKING:
@@ -164,6 +164,7 @@ class Shown:
 
 def show(found: Experiment, profile: str, outcomes: Sequence[Outcome]) -> Shown:
     """The table of these cells, at least one: rows, columns and seeds are those that they have."""
+    outcomes = of_one_data(outcomes)
     rows = _in_order(found.rows, {each.cell.row.key for each in outcomes})
     columns = _in_order(found.columns, {each.cell.column.key for each in outcomes})
     by_place: dict[Place, list[Outcome]] = {}
@@ -259,9 +260,10 @@ def _reasons(
     profile: str,
     rows: Sequence[Row],
     columns: Sequence[Column],
-    outcomes: Mapping[Place, Sequence[Outcome]],
+    outcomes: Collection[Place],
 ) -> tuple[Reason, ...]:
-    """What departs from the paper, each text once: by the table's files, then what else cells were recorded with."""
+    """What departs from the paper, each text once, as the table's files have it now: a cell that is done has their
+    configuration, whatever words were kept with it."""
     holds: dict[str, dict[Place, None]] = {}
     for text in found.protocol(profile).departures:
         holds.setdefault(text, {}).update(dict.fromkeys(outcomes))
@@ -269,11 +271,6 @@ def _reasons(
         for line in lines:
             if line.note:
                 holds.setdefault(line.note, {}).update({place: None for place in outcomes if place[at] == line.key})
-    for place, each in outcomes.items():
-        for outcome in each:
-            if outcome.state == "done" and outcome.found is not None:
-                for text in outcome.found["departures"]:
-                    holds.setdefault(text, {})[place] = None
     labels = {line.key: line.label for line in (*rows, *columns)}
     return tuple(Reason(text, _where(list(places), list(outcomes), labels)) for text, places in holds.items())
 
@@ -302,6 +299,8 @@ def _absent(found: Experiment, profile: str) -> tuple[str, ...]:
 def _differs(outcome: Outcome) -> str:
     """The first keys of the configuration that a stale cell was run with otherwise."""
     assert outcome.found is not None
+    if outcome.apart:
+        return f"run on other data than most cells of its column, {outcome.found['data']['fingerprint'][:12]}"
     now = json.loads(json.dumps(outcome.cell.config.table()))  # tuples are lists there
     found = differing(now, outcome.found["config"])
     texts = [f"{key} = {_toml(after)}, run with {_toml(before)}" for key, after, before in found[:_FEW]]
@@ -323,7 +322,12 @@ def _versions(done: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     versions = [f"{name} {each['versions'][name]}" for each in done for name in _NAMED if name in each["versions"]]
     commits = _once(str(each["commit"])[:9] for each in done if each["commit"])
     more = f" and {len(commits) - _FEW} more" if len(commits) > _FEW else ""
-    return (*_once(versions), *([f"commit {', '.join(commits[:_FEW])}{more}"] if commits else []))
+    unknown = sum(not each["commit"] for each in done)
+    return (
+        *_once(versions),
+        *([f"commit {', '.join(commits[:_FEW])}{more}"] if commits else []),
+        *([f"{unknown} cells without a commit"] if unknown and commits else []),
+    )
 
 
 def _once(texts: Iterable[str]) -> tuple[str, ...]:
