@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 
 import battery
 import pytest
+import tiny
 import torch
 
 from fedkeel import local as clients
-from fedkeel.algorithms.base import Algorithm
+from fedkeel.algorithms.base import Algorithm, Over
+from fedkeel.errors import ConfigError
+from fedkeel.models.split import Split
 from fedkeel.records import Phase, Update
-from fedkeel.registry import register
+from fedkeel.registry import get, register
 
 
 @pytest.mark.parametrize("check", battery.CHECKS)
@@ -23,6 +26,28 @@ def test_battery(method, check):
         battery.CHECKS[check](method)
     except battery.NotApplicable as reason:
         pytest.skip(str(reason))
+
+
+# methods under balancing ----------------------------------------------------------------------------------------------
+
+
+PLAIN = [name for name in battery.methods() if not issubclass(get("algorithms", name), Over)]
+
+
+@pytest.mark.parametrize("over", ["fbl", "regl"])
+@pytest.mark.parametrize("method", PLAIN)
+def test_balancing_goes_over_every_method(method, over):
+    """As docs/comparing.md says: ReGL over all but those that pool the data, FBL over those that also leave the network
+    as it is. No client fails."""
+    algorithm = get("algorithms", method)()
+    as_it_is = type(algorithm.build(tiny.config(*battery.NETS["batch"]).model.build((1, 16, 16), 4))) is Split
+    if algorithm.pooled or (over == "fbl" and not as_it_is):
+        with pytest.raises(ConfigError, match=r"no clients to balance|which changes the network; ReGL can"):
+            battery.run(battery.config(method, f"balance.name={over}"), data=battery.data())
+        return
+    volume = ("balance.volume=4",) if over == "regl" else ()
+    config = battery.config(method, f"balance.name={over}", *volume, "rounds=2")
+    battery.finite(battery.run(config, data=battery.data()))
 
 
 # methods with a fault -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import gc
 import hashlib
 import http.server
 import json
+import re
 import shutil
 import socket
 import threading
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -152,6 +154,22 @@ def test_few_texts_are_kept(source: DiffusionSource, monkeypatch: pytest.MonkeyP
 def test_steps_a_scheduler_cannot_do(source: DiffusionSource) -> None:
     with pytest.raises(ConfigError, match=r"generator\.steps = 2000: is nothing LCMScheduler can do"):
         pipelines.new_scheduler(source.pipe, "lcm", 2000)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
+def test_schedulers_that_know_no_flows() -> None:
+    from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+
+    flow = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    for own, able in ((flow, {"dpm++", "unipc"}), (FlowMatchEulerDiscreteScheduler(), set())):
+        pipe = SimpleNamespace(scheduler=own)
+        assert pipelines.new_scheduler(pipe, "own", 4) is own
+        for name in pipelines.SCHEDULERS:
+            if name in able:
+                assert pipelines.new_scheduler(pipe, name, 4).config.prediction_type == "flow_prediction"
+                continue
+            with pytest.raises(ConfigError, match=rf"generator\.scheduler = '{re.escape(name)}': cannot follow a flow"):
+                pipelines.new_scheduler(pipe, name, 4)
 
 
 def test_the_negative_prompt_counts_only_with_guidance(source: DiffusionSource) -> None:

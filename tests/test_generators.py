@@ -14,12 +14,13 @@ from torch import nn
 
 from fedkeel.data.fashion import Fashion
 from fedkeel.errors import ConfigError, DataError, PoolError
-from fedkeel.generators.base import Source
+from fedkeel.generators.base import Remembers, Source
 from fedkeel.generators.flow import CHUNK, Bundled, FlowConfig, FlowNet, amend, euler, save
 from fedkeel.generators.folder import Folder
 from fedkeel.generators.gaussian import Gaussian, fit
 from fedkeel.generators.names import marks, match
 from fedkeel.generators.public import Public
+from fedkeel.generators.store import Pool
 from fedkeel.options import build
 from fedkeel.records import Samples
 from fedkeel.registry import get
@@ -204,6 +205,9 @@ def test_public_images_are_served_as_they_are() -> None:
         source.generate([0], [40])
     again = Public(repeat=True).load(FEW, (1, 28, 28), CPU, public)
     assert torch.equal(again.generate([0], [43]), dresses[3:4])
+    lane = Pool(again, None, lanes=10).take(0, 7, 40)  # 7, 17, 27, 37, then 48 % 40, ...
+    assert torch.equal(lane[:6], dresses[[7, 17, 27, 37, 8, 18]])
+    assert sorted(marks(lane).tolist()) == sorted(marks(dresses).tolist())
     limited = Public(limit=30).load(FEW, (1, 28, 28), CPU, public)
     assert limited.memory_bytes() == {"images": 30 * 784}  # stratified: ten of each
     assert torch.equal(limited.generate([0], [9]), dresses[9:10])
@@ -232,11 +236,21 @@ def test_a_weights_file_says_how_it_is_served_and_what_it_was_trained_on(tmp_pat
     assert torch.equal(Bundled(path=str(path)).load(("cat",), (1, 8, 8), CPU).trained_on, marks(images))
 
 
-def test_the_bundled_flow_knows_its_images() -> None:
+@pytest.mark.parametrize("name", ["bundled", "gaussian"])
+def test_the_bundled_ones_know_their_images(name: str) -> None:
     """By the hashes beside the data: 10,000 public ones, none of which a client of `fashion` has."""
-    known = Bundled().load(DATA.classes, DATA.shape, CPU).trained_on
-    assert len(known.unique()) == 10_000
-    assert not torch.isin(marks(Fashion().load().train_x), known).any()
+    source = build(get("generators", name), {}, "generator").load(DATA.classes, DATA.shape, CPU)
+    assert isinstance(source, Remembers) and source.trained_on is not None
+    assert len(source.trained_on.unique()) == 10_000
+    assert not torch.isin(marks(Fashion().load().train_x), source.trained_on).any()
+
+
+def test_other_gaussians_do_not_know_their_images(tmp_path: Path) -> None:
+    """One of a file of one's own, also of the same name, and one that was fitted to public images, which nobody has."""
+    fit(PUBLIC, DATA.classes, rank=5).save(tmp_path / "gaussian-fashion.safetensors")
+    assert Gaussian(path=str(tmp_path / "gaussian-fashion.safetensors")).load(FEW, (1, 28, 28), CPU).trained_on is None
+    halves = Samples.real_ones(DATA.train_x, DATA.train_y % 2)
+    assert Gaussian().load(("one", "two"), (1, 28, 28), CPU, halves).trained_on is None
 
 
 def test_a_flow_that_predicts_the_image(tmp_path: Path) -> None:
@@ -321,6 +335,29 @@ def test_folder_reads_tables_of_the_hub(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "train-00002.parquet").write_bytes(b"no table")
     with pytest.raises(DataError, match=r"train-00002\.parquet"):
         Folder(dir=str(tmp_path)).load(FEW, (1, 28, 28), CPU)
+
+
+@pytest.mark.parametrize(
+    ("label", "image", "why"),
+    [
+        (-1, b"x", "row 1: label -1, must be 0 to 1"),  # the hub's word for no label
+        (None, b"x", "row 1: label None"),
+        (2, b"x", "row 1: label 2"),
+        (1, None, "row 1: there is no picture"),
+    ],
+)
+def test_folder_names_the_row_that_lacks_something(
+    label: int | None, image: bytes | None, why: str, tmp_path: Path
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    features = {"image": {"_type": "Image"}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    table = pa.table({"image": [{"bytes": each, "path": ""} for each in (b"x", image, b"x")], "label": [0, label, 1]})
+    note = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(table.replace_schema_metadata(note), tmp_path / "train-0.parquet")
+    with pytest.raises(DataError, match=rf"train-0\.parquet, {why}"):
+        Folder(dir=str(tmp_path)).load(("cat", "dog"), (1, 8, 8), CPU)
 
 
 def test_folder_says_what_is_wrong_with_it(pictures: Path, tmp_path: Path) -> None:

@@ -330,6 +330,16 @@ def test_what_stands_still_has_no_gradient_computed():
     assert seen == [[False, False, True, True]] * 2
 
 
+def test_momentum_that_was_kept_moves_to_the_device():
+    """As a state that was read from a file: it lies on the CPU, wherever training is."""
+    training = Training(momentum=0.9, optimiser="keep")
+    worker, server = tiny.worker(perceptron(), [tiny.samples(8)], training)
+    state = worker.fit(server, 0, None).state
+    assert state["velocity"].any() and torch.equal(worker.open(server, 0, state).velocity, state["velocity"])
+    worker.device = torch.device("meta")  # one that every machine has
+    assert worker.open(server, 0, state).velocity.device == worker.device
+
+
 def test_loss_is_the_mean_over_samples_of_the_last_epoch():
     """Batches of 4, 4 and 2 whose losses are the numbers of their samples: (4 4 + 4 4 + 2 2) / 10; one more later."""
 
@@ -379,6 +389,21 @@ def test_full_gradient_is_taken_at_the_weights_received():
     views = local.layout.named(found)
     for key, parameter in reference.named_parameters():
         assert torch.allclose(views[key], parameter.grad, atol=1e-6), key
+
+
+def test_what_a_loss_notes_is_of_training_alone():
+    """A loss that counts its batches: three of training, none of those that the full gradient is measured with."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Counting(Algorithm):
+        def loss(self, local, batch):
+            local.scratch.setdefault("seen", torch.zeros(1)).add_(1)
+            return super().loss(local, batch)
+
+    worker, local = opened(perceptron(), 13, Training(batch=5), Counting())
+    train(local, worker.algorithm, worker.training, worker.weights)
+    full_gradient(local, worker.algorithm)
+    assert local.method is worker.algorithm and local.scratch["seen"].item() == 3
 
 
 def test_augmentation_does_not_change_the_batches():

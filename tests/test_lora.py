@@ -505,6 +505,20 @@ def test_schedules_are_the_schedulers_own() -> None:
         )
 
 
+def test_how_images_are_drawn_changes_no_tuning(
+    tmp_path: Path, load: Callable[..., DiffusionSource], own: Samples
+) -> None:
+    """PNDM takes no notice of a setting that changes the schedule which the pipeline was trained on."""
+    folder = pipeline(tmp_path / "sd", prediction="v_prediction")
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rescale_betas_zero_snr": True}))
+    sources = [load(model=str(folder), scheduler=name, steps=4, lora_steps=2) for name in ("own", "pndm")]
+    assert len({source.recipe(own, 1) for source in sources}) == 1
+    one, other = (source.tune(own, 1) for source in sources)
+    assert isinstance(one, TunedSource) and isinstance(other, TunedSource)
+    assert torch.equal(one.adapter.losses, other.adapter.losses)
+
+
 def test_velocities_train(tmp_path: Path, load: Callable[..., DiffusionSource], own: Samples) -> None:
     folder = pipeline(tmp_path / "sd", prediction="v_prediction")
     source = load(model=str(folder), lora_steps=1)

@@ -9,10 +9,11 @@ import torch
 from fedkeel.algorithms.fedavg_ft import FedAvgFT
 from fedkeel.job import Job
 from fedkeel.loop import resume, run
-from fedkeel.personal import Personal, measure, tuning_samples
+from fedkeel.personal import Personal, curve_of, measure, tuning_samples
 from fedkeel.personal import test_sets as sets_of
 from fedkeel.record import Silent, numbers
 from fedkeel.records import Samples
+from fedkeel.report.finished import open_run
 
 
 def sets(counts, tests, seed=0, **options):
@@ -186,6 +187,48 @@ def test_global_metrics_are_those_of_a_global_model(data):
     tuned = run(tiny.config("algorithm.name=fedavg_ft", "rounds=1", "personal.epochs=0"), data=data)
     assert "global/accuracy" in tuned.rounds[-1]
     assert tuned.rounds[-1]["personal/accuracy_last"] == tuned.rounds[-1]["personal/accuracy_best"]
+
+
+@pytest.mark.parametrize(("method", "rest"), [("fedavg", ()), ("fedavg_ft", ("personal.epochs=1",))])
+def test_statistics_that_stay_leave_no_global_model(data, method, rest, tmp_path):
+    """As under FedBN: no global metrics, and each client's model is measured with the statistics that it kept."""
+    normed = (f"algorithm.name={method}", *rest, *tiny.BATCHNORM, "rounds=2")
+    config = tiny.config(*normed, "local.buffers=local")
+    job, result = Job(config, data), run(config, data=data, folder=tmp_path / "run")
+    assert not job.has_global and not any(key.startswith("global/") for record in result.rounds for key in record)
+    assert result.rounds[-1]["personal/accuracy_last"] > 0 and "personal/clients" not in result.rounds[0]
+    assert not any("running" in name for name in result.weights)
+
+    finished = open_run(tmp_path / "run", data=data)
+    model, kept = finished.model(0), finished.job.store.open(0, 1)["own"]
+    own = torch.cat([buffer for name, buffer in model.named_buffers() if "running" in name])
+    assert torch.equal(own.sort().values, kept.sort().values) and bool((own != 1).all())
+    if method == "fedavg":  # without tuning, the number on record is this model's
+        rows = finished.job.personal_tests[0]
+        with torch.no_grad():
+            logits = model.eval()(finished.job.transform(data.test_x[rows], rng=None, augment=None, device=own.device))
+        right = (logits.argmax(1) == data.test_y[rows]).float().mean().item()
+        assert result.rounds[-1]["personal/clients"][0] == pytest.approx(right)
+
+    silent = run(tiny.config(*normed, "local.buffers=local", "personal.measure=never"), data=data)
+    assert not any(key.startswith(("global/", "personal/")) for key in silent.rounds[-1])
+    for other in (("local.buffers=average",), ("local.buffers=local", "model.norm=group", "model.groups=2")):
+        assert Job(tiny.config(*normed, *other), data).has_global
+
+
+def test_tuning_begins_without_the_momentum_of_training(data):
+    """Bit for bit as from a state that has none, and not as from one that goes on."""
+    kept = ("local.optimiser=keep", "local.momentum=0.9", "personal.epochs=2")
+    job = Job(tiny.config("algorithm.name=fedavg_ft", *kept), data)
+    server = job.first_server()
+    state = job.worker.fit(server, 0, None).state
+    assert state["velocity"].any()
+    tuned = []
+    for each in (state, {**state, "velocity": 100 * state["velocity"]}, {**state, "velocity": torch.empty(0)}):
+        curve_of(job, server, 0, each, {})
+        tuned.append(job.worker.weights.params.clone())
+    assert torch.equal(tuned[0], tuned[1]) and torch.equal(tuned[0], tuned[2])
+    assert not torch.equal(tuned[0], server.params)
 
 
 @pytest.mark.parametrize(("how", "count"), [("owned", 5), ("all", 8), ("none", 3)])

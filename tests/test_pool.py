@@ -63,6 +63,38 @@ def test_lanes_share_no_image(on_disk: bool, tmp_path: Path) -> None:
     assert pool.take(0, 0, 0).shape == (0, 1, 2, 2)
 
 
+@dataclass
+class Few(Counting):
+    """One that has so many images of a class, and begins again after the last."""
+
+    there: int = 30
+
+    def available(self, label: int) -> int:
+        return self.there
+
+    def generate(self, labels: Sequence[int], indices: Sequence[int]) -> Tensor:
+        return super().generate(labels, [index % self.there for index in indices])
+
+
+@pytest.mark.parametrize(("there", "lanes"), [(30, 6), (1000, 20), (7, 3), (4, 6), (4, 9), (5, 1)])
+def test_a_lane_gets_all_images_before_one_comes_again(there: int, lanes: int) -> None:
+    pool = Pool(Few(there=there), None, lanes=lanes)
+    taken = [indices(pool.take(0, lane, 2 * there)) for lane in range(lanes)]
+    for lane, x in enumerate(taken):
+        assert sorted(x[:there]) == sorted(x[there:]) == list(range(there))
+        first = range(lane, there, lanes)  # the first lap is that of a source without end
+        assert x[: len(first)] == list(first)
+
+
+def test_laps_by_hand() -> None:
+    """30 images, 6 lanes: after each 30 one index is left out, so that a lane is one image further in the next lap."""
+    pool = Pool(Few(), None, lanes=6)
+    assert pool.numbers(0, 0, 11) == [0, 6, 12, 18, 24, 31, 37, 43, 49, 55, 62]
+    assert indices(pool.take(0, 0, 11)) == [0, 6, 12, 18, 24, 1, 7, 13, 19, 25, 2]
+    assert indices(pool.take(0, 5, 6)) == [5, 11, 17, 23, 29, 6]
+    assert indices(Pool(Few(), None).take(0, 0, 32)) == [*range(30), 0, 1]
+
+
 def test_more_keeps_what_was_there(tmp_path: Path) -> None:
     source = Counting()
     pool = Pool(source, tmp_path)

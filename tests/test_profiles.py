@@ -23,6 +23,7 @@ from fedkeel.data.dataset import Dataset
 from fedkeel.errors import ConfigError, PoolError, StorageError
 from fedkeel.generators.flow import FlowConfig, FlowNet, save
 from fedkeel.generators.gaussian import fit
+from fedkeel.generators.names import marks
 from fedkeel.job import Job, validating
 from fedkeel.loop import resume, run
 from fedkeel.options import option
@@ -111,6 +112,23 @@ def test_a_run_of_mixed_clients_is_resumed(data: Dataset, two: dict[str, object]
     again = resume(tmp_path / "run", data=data, listener=told)
     assert [numbers(record) for record in again.rounds] == [numbers(record) for record in whole.rounds]
     assert told.said == []
+
+
+def test_clients_with_fewer_samples_than_classes_are_told_of(data: Dataset, two: dict[str, object]) -> None:
+    """F-07. Ten images of four classes, 3 or 2 a client. An unconstrained one has a point, one cannot generate."""
+    few = replace(data, train_x=data.train_x[:10], train_y=data.train_y[:10])
+    common = ("clients=4", "profiles.unconstrained_ids=[2]", "profiles.none_ids=[3]")
+    for method, key in ((("algorithm.name=fbl",), "algorithm"), (("balance.name=fbl",), "balance")):
+        job = Job(tiny.config(*method, *common, table=two), few)
+        sizes = job.counts.sum(1).tolist()
+        assert sizes == [3, 3, 2, 2]
+        assert list(job.idle()) == [
+            "2 of 4 clients have fewer samples than there are classes, so they cannot be balanced and train like "
+            f"FedAvg's; {key}.zero_policy says what they do instead"
+        ]
+    fbl = ("algorithm.name=fbl", *common)
+    assert not list(Job(tiny.config(*fbl, "algorithm.zero_policy=min_one", table=two), few).idle())
+    assert not list(Job(tiny.config(*fbl, table=two), data).idle())
 
 
 def test_another_generator_than_at_the_start_is_said(data: Dataset, two: dict[str, object], tmp_path: Path) -> None:
@@ -389,6 +407,24 @@ def test_public_images_and_a_gaussian_of_them(data: Dataset, tmp_path: Path) -> 
         run(tiny.config(*common, "generator.name=public", "algorithm.volume=9"), data=public)
     with pytest.raises(PoolError, match=r"set data\.public_limit"):
         run(tiny.config(*common, "generator.name=gaussian"), data=data)
+
+
+def test_shared_images_that_are_there_are_used_from_the_first_on(data: Dataset, tmp_path: Path) -> None:
+    """24 of a class: 20 for all four clients are enough. Sources without end keep a lane for each client and one for
+    the server, and where nothing is shared so does this one."""
+    public = replace(data, public=Samples.real_ones(tiny.data(seed=1).train_x, tiny.data(seed=1).train_y))
+    common = ("algorithm.name=regl", "algorithm.volume=20", f"pool.dir={tmp_path}")
+    shared = (*common, "generator.name=public", "pool.sharing=shared")
+    job = Job(tiny.config(*shared), public)
+    assert job.generate() == 80
+    assert job.images.pool.lanes == 1
+    twenty = job.images(2, torch.tensor([20, 0, 0, 0]), 0).x
+    first = public.public.x[public.public.y == 0][:20]
+    assert sorted(marks(twenty).tolist()) == sorted(marks(first).tolist())
+    with pytest.raises(PoolError, match="public image 25 is wanted, there are 24"):
+        Job(tiny.config(*shared, "algorithm.volume=25"), public).generate()
+    others = ("generator.name=gaussian", "pool.sharing=shared"), ("generator.name=public",)
+    assert [Job(tiny.config(*common, *each), public).images.pool.lanes for each in others] == [5, 5]
 
 
 def test_a_validation_split_stands_in_for_the_test_images(data: Dataset) -> None:

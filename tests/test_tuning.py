@@ -100,6 +100,14 @@ def test_a_scale_of_zero_is_the_generator_as_it_was(mode: str, bundled: Callable
     assert 0 < shift < more
 
 
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_where_nothing_was_learned_it_is_the_generator_as_it_was(mode: str, bundled: Callable[..., Tunable]) -> None:
+    base = bundled(tune_mode=mode, tune_steps=0, tune_missing="tuned")
+    assert torch.equal(made(base.tune(client(), 0)), made(base))
+    once = bundled(tune_mode=mode, tune_steps=1, tune_missing="tuned")
+    assert not torch.equal(made(once.tune(client(), 0)), made(base))  # served in two steps
+
+
 def test_what_the_fingerprint_follows(bundled: Callable[..., Tunable]) -> None:
     prints = [
         bundled().fingerprint(),
@@ -178,7 +186,7 @@ def test_a_budget_of_time(bundled: Callable[..., Tunable], tmp_path: Path) -> No
     """What is learned by then is kept: here nothing."""
     with pytest.warns(UserWarning, match=r"tuning stopped after 0 of 12 steps: its 1e-09 s are over"):
         tuned = bundled().tune(client(), 0, tmp_path / "adapter", budget=1e-9)
-    assert torch.equal(made(tuned), made(bundled(steps=2)))  # the steps that tuned ones are served with
+    assert torch.equal(made(tuned), made(bundled()))  # and so in the steps of the untuned one
     assert (tmp_path / "adapter.safetensors").exists()
     bundled().tune(client(), 0, tmp_path / "other", budget=1e9)
 

@@ -24,7 +24,7 @@ from fedkeel.data.pictures import set_aside, statistics
 from fedkeel.data.transforms import Transform
 from fedkeel.errors import ConfigError, DeviceError, PoolError
 from fedkeel.evaluate import evaluate
-from fedkeel.generators.base import Generator, Remembers, Source, Tunable, Worded
+from fedkeel.generators.base import Finite, Generator, Remembers, Source, Tunable, Worded
 from fedkeel.generators.names import marks
 from fedkeel.generators.store import Pool, Spent, default_root, folder_of, heard
 from fedkeel.local import Worker
@@ -115,7 +115,8 @@ class Images:
             fingerprint = self._prints.get(generator) or self._prints.setdefault(generator, source.fingerprint())
         if fingerprint not in self._pools:
             folder = folder_of(job.pools, fingerprint)
-            lanes = job.config.clients + 1  # one for the server
+            # one for the server; what all share of the images that are there is taken from the first on
+            lanes = 1 if self.shared and isinstance(source, Finite) else job.config.clients + 1
             spent = self.spent.setdefault(job.section_of(client), Spent())
             self._pools[fingerprint] = Pool(
                 source, folder, lanes, batch, job.tell, among=job.makers, spent=spent, device=job.device
@@ -253,6 +254,14 @@ class Job:
             yield "robust.trim = 0.0: nothing is cut off, one lying client moves the mean as far as it likes"
         if config.algorithm.tunes and config.algorithm.kind == "personal" and config.personal.epochs == 0:
             yield "personal.epochs = 0: this switches the method off"
+        falls_back: Callable[[Tensor, str], bool] = getattr(self.method, "falls_back", lambda counts, profile: False)
+        few = [k for k in self.counts.any(1).nonzero()[:, 0].tolist() if falls_back(self.counts[k], self.profiles[k])]
+        if few:
+            key = "algorithm" if config.balance is None else "balance"
+            yield (
+                f"{len(few)} of {self.clients} clients have fewer samples than there are classes, so they cannot be "
+                f"balanced and train like FedAvg's; {key}.zero_policy says what they do instead"
+            )
         tuning = [k for k in range(self.clients) if self.adapts(k)]
         if tuning and all(map(self._tunes_in_vain, tuning)):
             yield (
@@ -547,10 +556,18 @@ class Job:
         """Whether personal models are the final one tuned on each client."""
         return self.method.tunes or self.config.algorithm.tunes
 
+    @property
+    def has_global(self) -> bool:
+        """Whether the server's weights are a model by themselves: by the method itself, whatever balances it; and not
+        where BatchNorm's statistics stay with the clients."""
+        apart = self.config.local.buffers == "local" and self.worker.weights.layout.own_buffers > 0
+        return self.config.algorithm.has_global and not apart
+
     def personal_round(self, number: int) -> bool:
         """Whether personal models are measured after round `number` (from 1)."""
         options = self.config.personal
-        if options.measure == "never" or (options.measure == "auto" and self.config.algorithm.kind != "personal"):
+        asked = self.config.algorithm.kind == "personal" or not self.has_global
+        if options.measure == "never" or (options.measure == "auto" and not asked):
             return False
         return number == self.config.rounds or (options.every > 0 and number % options.every == 0)
 

@@ -43,8 +43,9 @@ class Training:
     clip: float | None = option(None, "largest norm of the gradient of what moves, after the method's correction", gt=0)
     buffers: Literal["average", "local", "reset", "recalibrate", "recalibrate_real"] = option(
         "average",
-        "BatchNorm statistics: averaged with the round's weights; never leaving the client; or averaged after being "
-        "reset at the start of each round, or measured anew at its end on the client's samples, or on its real ones",
+        "BatchNorm statistics: averaged with the round's weights; never leaving the client, so that there is no global "
+        "model; or averaged after being reset at the start of each round, or measured anew at its end on the client's "
+        "samples, or on its real ones",
     )
     optimiser: Literal["reset", "keep"] = option(
         "reset", "momentum starts at zero in each round, or lasts on the client (as training alone would have it)"
@@ -311,7 +312,8 @@ class Worker:
             transform=self.transform,
             images=lambda counts, first: self.images(client, counts, first),
             device=self.device,
-            velocity=state["velocity"] if state is not None and "velocity" in state else torch.empty(0),
+            velocity=torch.empty(0) if state is None or "velocity" not in state else state["velocity"].to(self.device),
+            method=self.algorithm,
         )
 
     def _home(self, name: str, server: Server) -> torch.device:
@@ -394,8 +396,8 @@ def descend(local: Local, algorithm: Algorithm, training: Training, weights: Wei
 def scheduled(local: Local, training: Training, phase: Phase, total: Tensor) -> Iterator[Batch]:
     """The batches of one phase, a step each, which are counted here. Into `total`, a scalar, belongs each batch's loss
     times its samples: each pass starts with zero, and a pass whose mean is not finite is the last."""
-    left = math.inf if phase.steps is None else phase.steps
-    limit = local.steps + min(left, math.inf if training.max_steps is None else training.max_steps - local.steps)
+    whole = None if training.max_steps is None else training.max_steps - local.steps
+    limit = local.steps + min(math.inf if most is None else most for most in (phase.steps, phase.max_steps, whole))
     pull, epoch = 0.0, 0  # pull: what momentum would hold under a constant gradient of 1
     while local.steps < limit and (phase.steps is not None or epoch < phase.epochs):
         total.zero_()
@@ -541,13 +543,15 @@ def losses(local: Local, samples: Samples, mode: Literal["eval", "train"] = "eva
 def full_gradient(local: Local, algorithm: Algorithm) -> Tensor:
     """[P] gradient of the method's loss over all of `local.samples`, at the weights received (`local.anchor`)."""
     trained = local.params.clone()
+    # a loss may note there what it saw in training, which this is not
+    aside = replace(local, scratch={name: tensor.clone() for name, tensor in local.scratch.items()})
     parameters = [entry for entry in local.layout.entries if entry.trained and not entry.own]
     named = dict(local.model.named_parameters())
     total = torch.zeros_like(trained)
     with statistics_kept(local.model):
         local.params.copy_(local.anchor)
         for batch in plain_batches(local, local.samples, local.batch_size):
-            loss = algorithm.loss(local, batch) * (len(batch) / len(local.samples))
+            loss = algorithm.loss(aside, batch) * (len(batch) / len(local.samples))
             grads = torch.autograd.grad(loss, [named[entry.name] for entry in parameters], allow_unused=True)
             for entry, grad in zip(parameters, grads, strict=True):
                 if grad is not None:

@@ -208,9 +208,9 @@ def one_round(job: Job, runtime: Runtime, server: Server, accepted: dict[int, in
     trained = time.perf_counter()
     metrics: dict[str, float] = {}
     due = (number + 1) % config.evaluate.every == 0 or number + 1 == config.rounds
-    if due and config.algorithm.has_global:  # of the method itself, whatever balances it
+    if due and job.has_global:
         metrics = job.evaluate(after)
-    for name, other in beside.items() if due else ():
+    for name, other in beside.items() if due and job.has_global else ():
         found = job.evaluate(other)
         own |= {f"method/{name}/{key}": found[f"global/{key}"] for key in ("accuracy", "loss")}
     record = {

@@ -37,7 +37,7 @@ class Personal:
         0, "rounds between evaluations of personal models, tuned anew for each; 0 = after the last round only", ge=0
     )
     measure: Literal["auto", "always", "never"] = option(
-        "auto", "whether personal models are measured; auto = for personal methods"
+        "auto", "whether personal models are measured; auto = for personal methods, and without a global model"
     )
     epochs: int = option(50, "epochs of tuning the model on each client, for methods that do", ge=0)
     lr: float = option(0.01, "learning rate of the tuning", gt=0)
@@ -135,6 +135,7 @@ def curve_of(
     if job.tunes:
         local.samples = tuning_samples(job, local)
         local.lr, local.batch_size = options.lr, options.batch
+        local.velocity = torch.empty(0)  # the tuning's own begins at zero, also where that of training lasts
         training = Training(
             lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay, optimiser="keep"
         )

@@ -82,7 +82,7 @@ class Privacy:
 def fits(layout: Layout) -> None:
     """Raises ConfigError when BatchNorm statistics cross, which are neither clipped nor noised."""
     if layout.buffers or layout.counters:
-        ways = "model.norm = 'group' has none, local.buffers = 'local' keeps them on clients"
+        ways = "model.norm = 'group' has none, local.buffers = 'local' keeps them on clients, without a global model"
         raise ConfigError("model", "BatchNorm", f"its statistics must not cross under [privacy]: {ways}")
 
 

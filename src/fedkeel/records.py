@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from fedkeel.clients import ClientStore
 from fedkeel.models.split import Split
 from fedkeel.rng import Streams
 from fedkeel.weights import Layout, Weights
+
+if TYPE_CHECKING:
+    from fedkeel.algorithms.base import Algorithm
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,13 @@ class Lab:
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a client's round. epochs or steps: how long (steps first); shared, own: which parameters move. Layers
-    all of whose parameters stand still are in evaluation mode, so that their statistics stand still too."""
+    """A part of a client's round. epochs or steps: how long (steps first), max_steps: never longer than this; shared,
+    own: which parameters move. Layers all of whose parameters stand still are in evaluation mode, so that their
+    statistics stand still too."""
 
     epochs: int = 1
     steps: int | None = None
+    max_steps: int | None = None
     shared: bool = True
     own: bool = True
 
@@ -218,6 +223,8 @@ class Local:
     images: Callable[[Tensor, int], Samples]
     device: torch.device
     clients: int = 1
+    method: Algorithm | None = None
+    """Whose loss is descended: the run's method, under `[balance]` the one that balances. None at the server."""
     velocity: Tensor = field(default_factory=lambda: torch.empty(0))
     """[T] the optimiser's momentum, where it lasts from round to round; empty at first."""
     steps: int = 0

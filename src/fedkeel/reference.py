@@ -5,6 +5,9 @@ They are in evaluation mode, without gradient, and leave no trace in the network
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -12,7 +15,7 @@ from torch.func import functional_call
 from fedkeel.local import in_mode
 from fedkeel.records import Local
 
-BODY = "features."
+BODY, HEAD = "features.", "head."
 
 
 def present(local: Local) -> Tensor:
@@ -23,6 +26,17 @@ def present(local: Local) -> Tensor:
         for entry in local.layout.entries:
             entry.view(flat).copy_(named[entry.name])
     return flat
+
+
+@contextmanager
+def replaced(local: Local, flat: Tensor) -> Iterator[None]:
+    """Within this context the network has the weights and statistics `flat` ([T]); afterwards its own again."""
+    own = present(local)
+    _load(local, flat)
+    try:
+        yield
+    finally:
+        _load(local, own)
 
 
 def received(local: Local) -> Tensor:
@@ -38,13 +52,24 @@ def received(local: Local) -> Tensor:
 
 def features(local: Local, flat: Tensor, x: Tensor) -> Tensor:
     """[B, D] feature vectors of images `x` by the network of weights `flat` ([T])."""
-    own = {e.name.removeprefix(BODY): e.view(flat) for e in local.layout.entries if e.name.startswith(BODY)}
-    return _out(local.model.features, own, x)
+    return _out(local.model.features, _part(local, flat, BODY), x)
 
 
 def logits(local: Local, flat: Tensor, x: Tensor) -> Tensor:
-    """[B, classes] logits of images `x` by the network of weights `flat` ([T])."""
-    return _out(local.model, local.layout.named(flat), x)
+    """[B, classes] logits of images `x` by the network of weights `flat` ([T]), its head on its features: what a method
+    puts between the two is for the network that trains."""
+    return _out(local.model.head, _part(local, flat, HEAD), features(local, flat, x))
+
+
+@torch.no_grad()
+def _load(local: Local, flat: Tensor) -> None:
+    named = {**dict(local.model.named_parameters()), **dict(local.model.named_buffers())}
+    for entry in local.layout.entries:
+        named[entry.name].copy_(entry.view(flat))
+
+
+def _part(local: Local, flat: Tensor, part: str) -> dict[str, Tensor]:
+    return {e.name.removeprefix(part): e.view(flat) for e in local.layout.entries if e.name.startswith(part)}
 
 
 def _out(module: nn.Module, named: dict[str, Tensor], x: Tensor) -> Tensor:

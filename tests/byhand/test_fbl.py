@@ -184,10 +184,34 @@ def test_replay_takes_the_highest_losses_of_both_parts():
     assert kept.tolist() == [3, 9, 8, 7]
 
 
-@pytest.mark.parametrize(("gamma", "point", "old"), [(0.1, 4, 0), (0.1, 5, 1), (0.5, 5, 3), (1.0, 7, 7)])
+@pytest.mark.parametrize(("gamma", "point", "old"), [(0.1, 4, 0), (0.1, 5, 1), (0.5, 5, 3), (0.7, 45, 32), (1.0, 7, 7)])
 def test_halves_are_rounded_up(gamma, point, old):
-    """F-13."""
+    """F-13. 0.7 * 45 is 31.5, which no floating-point product comes to."""
     assert carried(gamma, point) == old
+
+
+@pytest.mark.parametrize(("shortage", "size", "common"), [("fill_from_old", 100, 90), ("shrink", 90, 90)])
+def test_what_replay_may_no_longer_keep_is_replaced(shortage, size, common):
+    """n = 150, B = 100, gamma = 1: ten of the old are among fifteen that a guard has since taken out of the pool."""
+    pool, last = torch.arange(10, 145), torch.arange(100)
+    kept = replay(pool, last, torch.rand(135), 100, 1.0, shortage=shortage, rng=torch.Generator())
+    assert len(kept.unique()) == len(kept) == size
+    assert int(torch.isin(kept, last).sum()) == common
+
+
+def test_random_choices_without_carry_pass_nobody_over():
+    """Counts (30, 30, 12, 0), B = 18: 12 of a class are unused and come in, 6 return by lot. So each sample is kept in
+    18 of 30 rounds, and none in all of them."""
+    one = bed(FBL(sampling="random", carry=0.0, period=1), [[30, 30, 12, 0]])
+    kept = torch.zeros(72)
+    for _ in range(60):
+        one.round()
+        kept[one.states[0]["mine.kept"]] += 1
+    for label in (0, 1):
+        often = kept[one.data[0].y == label]
+        assert often.sum() == 60 * 18
+        assert 26 <= often.min() <= often.max() <= 46  # 36 on average
+    assert kept[one.data[0].y == 2].tolist() == [60] * 12
 
 
 def test_the_kept_have_the_highest_losses():
@@ -204,12 +228,46 @@ def test_the_kept_have_the_highest_losses():
     assert kept.tolist() == sorted(kept.tolist())
 
 
+def test_the_mean_loss_of_the_kept_is_on_record():
+    """Of 20 the six of highest loss, in the round of the choice only; nobody measures losses for a random one."""
+    one = bed(FBL(period=2), [[20, 2, 2, 0]])
+    data, model = one.data[0], one.worker.model.eval()
+    mine = data.y == 0
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(model(data.x[mine].float()), data.y[mine], reduction="none")
+    found = []
+    for _ in range(3):
+        one.round()
+        found.append(one.replies[0].metrics)
+    assert found[0]["method/kept_loss"] == pytest.approx(loss.sort().values[-6:].mean().item(), abs=1e-6)
+    assert ["method/kept_loss" in each for each in found] == [True, False, True]
+    random = bed(FBL(sampling="random"), [[20, 2, 2, 0]])
+    random.round()
+    assert not random.replies[0].metrics
+
+
 def test_the_guard_against_noise_leaves_out_the_highest():
     top = prepared(bed(FBL(), [[20, 2, 2, 0]])).real
     calm = prepared(bed(FBL(skip_top=0.1), [[20, 2, 2, 0]])).real
     lost = set(top.index.tolist()) - set(calm.index.tolist())
     assert len(lost) == 2
     assert len(calm) == len(top)
+
+
+@pytest.mark.parametrize("share", [0.7, 0.75, 0.99])
+def test_the_guard_takes_no_more_than_the_point_leaves(share):
+    """20 samples, B = 6: at most 14 are guarded, and the six of lowest loss are kept."""
+    calm = prepared(bed(FBL(skip_top=share), [[20, 2, 2, 0]])).real
+    lowest = prepared(bed(FBL(sampling="low_loss"), [[20, 2, 2, 0]])).real
+    assert torch.equal(calm.index, lowest.index)
+
+
+def test_the_guard_shrinks_no_class_at_replay():
+    """Whom the guard takes out of the last choice is replaced: always B = 21 of 60."""
+    one = bed(FBL(skip_top=0.4, carry=1.0, period=1, drop=0), [[60, 2, 2, 20]])
+    for _ in range(4):
+        one.round()
+        assert int((one.data[0].y[one.states[0]["mine.kept"]] == 0).sum()) == 21
 
 
 def test_when_choices_are_made():
@@ -245,22 +303,25 @@ def test_period_zero_chooses_once():
     assert torch.equal(prepared(one, number=500).real.index, first)
 
 
+@pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("scorer", ["global", "local_last", "running"])
-def test_scorers_differ_in_whose_losses_they_use(scorer):
-    """The second choice is made by the received model, by the last local one, or by the losses seen meanwhile."""
-    one = bed(FBL(period=1, carry=0.0, scorer=scorer), [[40, 2, 2, 0]])
+def test_scorers_differ_in_whose_losses_they_use(scorer, norm):
+    """The second choice is made by the received model, by the last local one with its statistics, or by the losses seen
+    meanwhile."""
+    one = bed(FBL(period=1, carry=0.0, scorer=scorer), [[40, 2, 2, 0]], norm=norm)
     one.round()
-    state = one.states[0]
-    one.server = replace(one.server, params=torch.zeros_like(one.server.params))  # the received one ranks nothing
+    state, x, y = one.states[0], one.data[0].x[:10].float(), one.data[0].y[:10]
+    with torch.no_grad():
+        local_scores = nn.functional.cross_entropy(one.worker.model.eval()(x), y, reduction="none")
+    zeros, buffers = torch.zeros_like(one.server.params), one.server.buffers + 1.0
+    one.server = replace(one.server, params=zeros, buffers=buffers)  # the received one ranks nothing
     local = one.worker.open(one.server, 0, state)
+    before = one.worker.weights.flat.clone()
     scores = one.method.scores(local, torch.arange(10))
+    assert torch.equal(before, one.worker.weights.flat)
     if scorer == "global":
         assert torch.allclose(scores, torch.full((10,), 4.0).log())
     elif scorer == "local_last":
-        local.params.copy_(state["mine.last"])
-        local_scores = nn.functional.cross_entropy(
-            local.model.eval()(local.data.x[:10].float()), local.data.y[:10], reduction="none"
-        )
         assert torch.allclose(scores, local_scores, atol=1e-6)
     else:
         seen = state["mine.running"][:10]
@@ -431,6 +492,12 @@ def test_shared_offsets_are_averaged_by_those_who_trained_them():
         own = place.view(one.replies[k].update.delta)
         assert torch.allclose(rows[label], own[label], atol=1e-6)
         assert not own[1 - label].any()
+
+
+def test_shared_offsets_cannot_start_anew():
+    """What a client adds to them would be added to what it never had."""
+    with pytest.raises(ConfigError, match=r"offset_persist = False: .* must be true with share = 'fedavg_rows'"):
+        FBL(share="fedavg_rows", offset_persist=False)
 
 
 def test_generated_images_stay_the_same_or_are_renewed():

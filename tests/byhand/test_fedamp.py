@@ -1,6 +1,7 @@
 """FedAMP against closed forms (Huang et al. 2021)."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -138,6 +139,18 @@ def test_a_step_never_goes_beyond_the_mixture():
     bed = Bed(FedAMPQ(alpha=1e-3))
     local = bed.worker.open(bed.server, 0, None, bed.method.mail(bed.server, 0))
     local.params.copy_(local.anchor + 3.0)
+    assert local.lr * bed.method.correct(local, torch.zeros(1)).item() == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("options", [{"alpha": 1.0}, {"form": "heuristic"}])
+@pytest.mark.parametrize("number", [1500, 30_000])
+def test_an_alpha_that_has_vanished_lands_on_the_mixture(options, number):
+    """10^-50 is no float32, 10^-1000 no float64: lambda/alpha is above 1/eta, and the step is the whole way to u."""
+    bed = Bed(FedAMPQ(**options))
+    server = replace(bed.server, round=number)
+    local = bed.worker.open(server, 0, None, bed.method.mail(server, 0))
+    local.params.copy_(local.anchor + 3.0)
+    assert local.mail["alpha"].item() == 0.0
     assert local.lr * bed.method.correct(local, torch.zeros(1)).item() == pytest.approx(3.0)
 
 

@@ -121,6 +121,37 @@ def test_phases_by_epochs_and_by_steps():
     assert one.replies[0].steps == 3 * 2 + 1 * 2
 
 
+@pytest.mark.parametrize(
+    ("head", "body", "training", "steps"),
+    [
+        (10, 1, {"max_steps": 20}, 20),  # 18 of the head's 20, and both of the body's
+        (10, 1, {"max_steps": 11}, 11),
+        (10, 1, {"steps": 40, "max_steps": 20}, 20),
+        (10, 0, {"max_steps": 11}, 11),
+        (0, 10, {"max_steps": 11}, 11),
+    ],
+)
+def test_a_limit_is_dealt_out_as_steps_are(head, body, training, steps):
+    """Epochs of two batches: the same bits as with so many steps, and the body has its share."""
+    limited, given = (
+        bed(FedRep(head_epochs=head, body_epochs=body), batch=4, **each) for each in (training, {"steps": steps})
+    )
+    for one in (limited, given):
+        one.round([0])
+        assert one.replies[0].steps == steps and bool(one.replies[0].update.delta.any()) == (body > 0)
+    assert torch.equal(limited.server.params, given.server.params)
+    assert torch.equal(limited.states[0]["own"], given.states[0]["own"])
+
+
+def test_a_limit_above_all_steps_changes_nothing():
+    """Ten epochs of two batches, and one: 22 steps. A limit of 30 leaves both parts as many as they have."""
+    limited, free = (bed(FedRep(), batch=4, **each) for each in ({"max_steps": 30}, {}))
+    for one in (limited, free):
+        one.round([0])
+        assert one.replies[0].steps == 22
+    assert torch.equal(limited.server.params, free.server.params)
+
+
 @pytest.mark.parametrize("phase", [{"head_epochs": 1, "body_epochs": 0}, {"head_epochs": 0, "body_epochs": 1}])
 def test_clipping_is_of_what_moves(phase):
     """One step under a small clip is lr * clip long, however large the gradient of the part that stands still is."""

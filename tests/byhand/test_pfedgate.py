@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from fedkeel.algorithms.base import Algorithm
 from fedkeel.algorithms.pfedgate import Gate, Gated, PFedGate, SwitchNorm, sizes
+from fedkeel.errors import ConfigError
 from fedkeel.local import Training
 from fedkeel.loop import run
 from fedkeel.models.cnn import CNN
@@ -77,11 +78,11 @@ def test_sizes_of_blocks():
     assert sizes(3, 5) == [1, 1, 1] and sizes(1, 5) == [1] and sizes(11, 5) == [3, 3, 3, 2]
 
 
-@pytest.mark.parametrize("sparsity", [0.05, 0.3, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("sparsity", [0.2, 0.3, 0.5, 0.8, 1.0])
 def test_what_is_kept_is_within_the_budget(sparsity):
     """At most (s - s_min) d beside the first blocks, which are always kept; as much as fits of the best."""
     model = gated(sparsity=sparsity)
-    least = min(0.2, sparsity)
+    least = 0.2
     for seed in range(3):
         scores = torch.rand(len(blocks(model)), generator=torch.Generator().manual_seed(seed)).clamp(min=least)
         taken = model.taken(scores).bool() if sparsity < 1 else torch.ones(len(scores)).bool()
@@ -141,7 +142,15 @@ def test_scores_are_clipped_from_below():
     with torch.no_grad():
         model.gate.spread.bias -= 50.0
     assert model.factors(images()).tolist() == pytest.approx([0.2] * len(blocks(model)))
-    assert gated(split=20).least == 0.1 and gated(sparsity=0.05).least == 0.05
+    assert gated(split=20).least == 0.1 and gated(split=20, sparsity=0.06).least == 0.06
+
+
+@pytest.mark.parametrize(("sparsity", "split"), [(0.19, 5), (0.3, 3), (0.4, 2)])
+def test_no_smaller_share_than_first_blocks_are(sparsity, split):
+    """They are always taken: 1 / split of all parameters."""
+    with pytest.raises(ConfigError, match=f"sparsity = {sparsity}: must be at least 1 / split = {1 / split:.4g}"):
+        PFedGate(sparsity=sparsity, split=split)
+    PFedGate(sparsity=1 / split, split=split)
 
 
 def test_gradients():

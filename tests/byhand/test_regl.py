@@ -12,8 +12,10 @@ from bed import Bed
 from test_fbl import bed, images, prepared
 
 from fedkeel.algorithms.base import Algorithm
+from fedkeel.algorithms.moon import Moon
 from fedkeel.algorithms.regl import ReGL
 from fedkeel.algorithms.scaffold import Scaffold
+from fedkeel.errors import ConfigError
 from fedkeel.local import Training, batches
 from fedkeel.options import build
 from fedkeel.partition.single_class import SingleClass
@@ -94,6 +96,14 @@ def test_printed_objective():
     assert one.method.loss(local, batch).item() == pytest.approx(0.6931472)
     plain = ReGL(volume=0).loss(local, batch).item()
     assert plain == pytest.approx(1.0986123)
+
+
+def test_printed_objective_over_a_loss_of_its_own():
+    """It would take the place of the other method's whole loss."""
+    with pytest.raises(ConfigError, match="objective = 'bce_onehot': Moon has a loss of its own: must be 'ce' over it"):
+        ReGL(objective="bce_onehot", base=Moon())
+    ReGL(objective="bce_onehot", base=Scaffold())  # whose term is of the gradient
+    ReGL(base=Moon())
 
 
 def test_over_scaffold():

@@ -1,10 +1,14 @@
 """SCAFFOLD against closed forms (Karimireddy et al. 2020)."""
 
+from dataclasses import replace
+
 import pytest
+import small
 import torch
 from bed import Bed, on_quadratic
 
 from fedkeel.algorithms.base import Algorithm
+from fedkeel.algorithms.regl import ReGL
 from fedkeel.algorithms.scaffold import Scaffold
 from fedkeel.errors import ConfigError
 from fedkeel.local import Training
@@ -105,6 +109,36 @@ def test_under_momentum_the_variate_is_an_average_gradient(momentum):
     bed = Bed(method, training=Training(epochs=5, batch=8, lr=0.1, momentum=momentum))
     bed.round()
     assert variates(bed) == pytest.approx([3.0, 3.0], rel=1e-5)
+
+
+def test_momentum_that_lasts_goes_with_option_one_only():
+    """With a gradient of 2 and lr 0.1, one step a round and momentum 0.9: the second round's step has a velocity of
+    2 + 0.9 * 2 = 3.8, of which option II would make its variate. Option I measures 1 at 0.9, where it is 0.9."""
+    kept = Training(epochs=1, batch=8, lr=0.1, momentum=0.9, optimiser="keep")
+    for method in (Scaffold(), ReGL(volume=0, weights="uniform", base=Scaffold())):
+        with pytest.raises(ConfigError, match=r"local.optimiser = 'keep': must be 'reset'.*'gradient'"):
+            Bed(method, training=kept)
+    Bed(Scaffold(), training=replace(kept, momentum=0.0))
+    bed = Bed(ScaffoldQ(variate="gradient"), training=kept)
+    bed.round([0])
+    assert (bed.x, variates(bed)[0]) == pytest.approx((0.9, 1.0))
+    bed.round([0])
+    assert variates(bed)[0] == pytest.approx(0.9)
+
+
+def test_under_a_balancing_method_option_one_is_of_its_loss():
+    """One full batch from zero variates: the step is -lr times the gradient that option I then measures."""
+    method = ReGL(volume=0, objective="bce_onehot", weights="uniform", base=Scaffold(variate="gradient"))
+    one = small.bed(method, norm="none", epochs=1, batch=16)
+    start = one.server.params.clone()
+    one.round()
+    for k, reply in enumerate(one.replies):
+        assert reply.steps == 1
+        assert torch.allclose(one.states[k]["mine.c"], -reply.update.delta / 0.1, atol=1e-5)
+    plain = small.bed(Scaffold(variate="gradient"), norm="none", epochs=1, batch=16)
+    assert torch.equal(plain.server.params, start)
+    plain.round()
+    assert not torch.allclose(one.states[0]["mine.c"], plain.states[0]["mine.c"], atol=1e-2)  # of cross-entropy
 
 
 def test_learning_rate_decay_is_in_the_divisor():

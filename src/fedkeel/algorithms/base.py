@@ -63,7 +63,9 @@ class Algorithm:
         "weight of a client in the average: its real samples, the same for all, or the samples it trained on",
     )
     denominator: Literal["participants", "all"] = option(
-        "participants", "average over the participants, or over all clients with the absent ones unchanged"
+        "participants",
+        "average over the participants, or over all clients with the absent ones unchanged; BatchNorm statistics are "
+        "the participants' own mean in either case",
     )
 
     def __init_subclass__(cls) -> None:

@@ -10,6 +10,9 @@ gap between synthetic and real is absorbed by the offset and not by the network.
 are chosen anew. The profile of a client decides: "constrained" as said; "unconstrained" fills every class up to its
 largest and cuts nothing; "none" cannot generate and trains like FedAvg.
 
+The record of a round in which clients choose by their losses has `method/kept_loss`, the mean loss of what they keep of
+the classes they cut: where labels are wrong the highest losses are of wrong ones, and `skip_top` guards against that.
+
 Departures: none by default; where a printed detail is missing the default is the recommended reading.
 
 What crosses: the model, as FedAvg, with uniform weights. What stays: the offsets, the images, which samples are kept.
@@ -38,6 +41,7 @@ from fedkeel.local import in_mode, losses
 from fedkeel.models.split import Split
 from fedkeel.options import option
 from fedkeel.records import Batch, Local, Plan, Samples, Server, Update
+from fedkeel.reference import present, replaced
 from fedkeel.registry import register
 from fedkeel.weights import Rule, treat
 
@@ -74,7 +78,11 @@ class FBL(Over):
     )
     scorer_mode: Literal["eval", "train"] = option("eval", "mode of the network while losses are measured (F-08)")
     skip_top: float = option(
-        0.0, "share of a class with the highest losses never kept: a guard against label noise", ge=0, lt=1
+        0.0,
+        "share of a class with the highest losses never kept, as far as the others suffice: a guard against label "
+        "noise",
+        ge=0,
+        lt=1,
     )
     period: int = option(50, "rounds between choices (m); 0 = chosen once", ge=0, grid=(10, 25, 50, 100, 0))
     carry: float = option(0.1, "share of the last choice that returns (gamma)", ge=0, le=1, grid=(0.0, 0.1, 0.7, 0.9))
@@ -86,7 +94,9 @@ class FBL(Over):
     shortage: Shortage = option("fill_from_old", "what to do when the others are too few (F-11)")
     # knowledge filling (IV-A, IV-B)
     rounding: Literal["floor", "nearest", "distribute_remainder"] = option(
-        "floor", "rounding of the balance point (F-05); of no effect where `zero_policy` decides"
+        "floor",
+        "rounding of the balance point (F-05); of no effect where `zero_policy` decides; with nearest a client can "
+        "train on more than it has, by up to half a sample per class",
     )
     zero_policy: Literal["fedavg", "min_one", "skip"] = option(
         "fedavg",
@@ -112,6 +122,12 @@ class FBL(Over):
     bn: Literal["shared", "dual"] = option(
         "shared", "BatchNorm sees real and synthetic together, or apart with only the real ones' statistics kept"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.share == "fedavg_rows" and not self.offset_persist:
+            allowed = "offsets that start anew are no change of those received, so averages of them grow without bound"
+            raise ConfigError("offset_persist", False, f"{allowed}: must be true with share = 'fedavg_rows'")
 
     # once -------------------------------------------------------------------------------------------------------------
 
@@ -151,12 +167,17 @@ class FBL(Over):
         if profile == "none":
             return unchanged
         points = balance_point(counts, "max" if profile == "unconstrained" else "mean", self.rounding)
-        if profile != "unconstrained" and int(counts.sum()) < len(counts):  # the point is 0, however rounded (F-07)
-            if self.zero_policy == "fedavg":
-                return unchanged
+        if self.falls_back(counts, profile):
+            return unchanged
+        if profile != "unconstrained" and int(counts.sum()) < len(counts):
             points = torch.full_like(points, 1 if self.zero_policy == "min_one" else 0)
         plan = balanced(counts, points)
         return plan if self.cut else Plan(counts, plan.fake)
+
+    def falls_back(self, counts: Tensor, profile: str) -> bool:
+        """Whether a client could balance its data, but its point is 0, however rounded, and it trains like FedAvg
+        (F-07); a run warns of such clients."""
+        return profile == "constrained" and self.zero_policy == "fedavg" and int(counts.sum()) < len(counts)
 
     def prepare(self, local: Local) -> Samples:
         counts = local.data.counts(local.classes)
@@ -180,14 +201,17 @@ class FBL(Over):
         parts = [torch.nonzero(~mine)[:, 0]]
         numbers = torch.nonzero(mine)[:, 0]
         new = self.replay_new or self.sampling
-        rules = {self.sampling} if last_cycle < 0 else {new, self.replay_old if self.carry else new}
-        scores = torch.zeros(len(numbers)) if rules == {"random"} and not self.skip_top else self.scores(local, numbers)
+        # without carry the old only fill up (F-11), and what is random there needs no losses
+        old = new if new == "random" and not self.carry else self.replay_old
+        rules = {self.sampling} if last_cycle < 0 else {new, old}
+        measured = rules != {"random"} or self.skip_top > 0
+        scores = self.scores(local, numbers) if measured else torch.zeros(len(numbers))
         for c in torch.nonzero(excessive)[:, 0].tolist():
             here = local.data.y[numbers] == c
             pool, score, point, rng = numbers[here], scores[here], int(plan.real[c]), local.rng("select", c)
-            allowed = len(pool) - int(self.skip_top * len(pool))
-            if point <= allowed < len(pool):
-                calm = score.argsort(stable=True)[:allowed].sort().values
+            guarded = min(int(self.skip_top * len(pool)), len(pool) - point)
+            if guarded:
+                calm = score.argsort(stable=True)[: len(pool) - guarded].sort().values
                 pool, score = pool[calm], score[calm]
             if last_cycle < 0:
                 parts.append(choose(pool, score, point, self.sampling, rng))  # equation 7
@@ -200,13 +224,16 @@ class FBL(Over):
                         score,
                         point,
                         self.carry,
-                        old=self.replay_old,
+                        old=old,
                         new=new,
                         shortage=self.shortage,
                         rng=rng,
                     )
                 )
-        return torch.cat(parts).sort().values
+        kept = torch.cat(parts).sort().values
+        if measured:
+            local.scratch["kept_loss"] = scores[torch.isin(numbers, kept)].mean()
+        return kept
 
     def cycle(self, local: Local) -> int:
         """The number of the present replay cycle."""
@@ -215,14 +242,12 @@ class FBL(Over):
         return (local.round if self.clock == "global" else int(local.mine["visits"])) // self.period
 
     def scores(self, local: Local, numbers: Tensor) -> Tensor:
-        """Losses of the real samples `numbers`, never of augmented images, never while training (F-08)."""
+        """Losses of the real samples `numbers`, never of augmented images, never while training (F-08). Those of scorer
+        "running" are of the batches trained on, augmented as these are."""
         samples = local.data.take(numbers)
         if self.scorer == "local_last" and len(local.mine["last"]):
-            now = local.params.clone()
-            local.params.copy_(local.mine["last"])
-            scores = losses(local, samples, self.scorer_mode)
-            local.params.copy_(now)
-            return scores
+            with replaced(local, local.mine["last"]):
+                return losses(local, samples, self.scorer_mode)
         scores = losses(local, samples, self.scorer_mode)
         if self.scorer == "running" and len(local.mine["running"]):
             seen = local.mine["running"][numbers]
@@ -275,14 +300,17 @@ class FBL(Over):
         if len(kept) < len(local.data):  # some class was cut
             keep |= {"kept": kept, "cycle": torch.tensor(self.cycle(local))}
         if self.scorer == "local_last":
-            keep["last"] = local.params.clone()
+            keep["last"] = present(local)
         if "running" in local.scratch:
             keep["running"] = local.scratch["running"]
         extra = dict(update.extra)
         if self.share == "fedavg_rows":
             filled = local.samples.take(local.samples.fake).counts(local.classes)
             extra["rows"] = filled > 0
-        return replace(update, extra=extra, keep=keep)
+        metrics = dict(update.metrics)
+        if "kept_loss" in local.scratch:
+            metrics["kept_loss"] = float(local.scratch["kept_loss"])
+        return replace(update, extra=extra, keep=keep, metrics=metrics)
 
     # on the server ----------------------------------------------------------------------------------------------------
 

@@ -61,7 +61,9 @@ class FedAMP(Algorithm):
         "heuristic form",
         ge=0,
     )
-    alpha_decay: float = option(0.1, "factor on a given alpha after every 30 rounds", gt=0, le=1)
+    alpha_decay: float = option(
+        0.1, "factor on alpha after every 30 rounds, except where it is found from self_weight", gt=0, le=1
+    )
     sigma: float | None = option(
         None,
         "scale of squared distances, or factor on cosines (sigma); not set: the median distance, or 25",
@@ -107,7 +109,8 @@ class FedAMP(Algorithm):
         """Adds lam/alpha (w - u)."""
         if self.lam == 0:
             return grad
-        pull = min(self.lam / float(local.mail["alpha"]), 1 / local.lr)
+        alpha = float(local.mail["alpha"])  # 0 after so many rounds that it is too small for a float
+        pull = 1 / local.lr if alpha <= self.lam * local.lr else self.lam / alpha
         return grad.add_(local.params - local.anchor, alpha=pull)
 
     def upload(self, local: Local) -> Update:

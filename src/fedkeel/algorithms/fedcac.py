@@ -8,7 +8,8 @@ server averages all models, and for each client those of clients whose marks ove
 that rises with the rounds. A client starts from the latter where it marked and from the former elsewhere. After round
 beta the marked parameters are private.
 
-The paper has all clients in every round; here an absent client counts with its last model and marks.
+The paper has all clients in every round. Here an absent client counts with its last model and marks in overlaps and in
+its collaborators' averages only; the average of all models is over the round's participants.
 
 Departures: after round beta nobody collaborates even where all overlaps are equal (printed, the threshold then is their
 common value: with two clients collaboration would never end). Exactly floor(tau n) parameters of a tensor of n are

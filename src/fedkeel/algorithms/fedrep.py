@@ -6,7 +6,7 @@ ICML 2021, arXiv 2102.07078.
 In each round a client first trains its head for many epochs on the received body, then the body for few epochs under
 its new head. The part that stands still is in evaluation mode, so that BatchNorm's statistics stand still with it, and
 neither momentum nor weight decay moves it. With `local.steps` instead of epochs, the steps are dealt to the two parts
-in the ratio of their epochs.
+in the ratio of their epochs; so are those of `local.max_steps`.
 
 Departures: each part has an optimiser of its own (in the authors' code one serves both, and its momentum crosses over);
 weight decay is on all tensors; heads are not tuned once more after the last round.
@@ -61,10 +61,13 @@ class FedRep(Algorithm):
 
     def phases(self, local: Local, training: Training) -> Sequence[Phase]:  # first the head, then the body
         head, body = self.head_epochs, self.body_epochs
+        most = training.max_steps
         if training.steps is None:
-            return Phase(head, shared=False), Phase(body, own=False)
-        first = training.steps * head // max(head + body, 1)
-        return Phase(steps=first, shared=False), Phase(steps=training.steps - first if body else 0, own=False)
+            first = None if most is None else most * head // max(head + body, 1)
+            return Phase(head, max_steps=first, shared=False), Phase(body, own=False)
+        steps = training.steps if most is None else min(training.steps, most)
+        first = steps * head // max(head + body, 1)
+        return Phase(steps=first, shared=False), Phase(steps=steps - first if body else 0, own=False)
 
 
 def last(body: nn.Module) -> nn.Module:

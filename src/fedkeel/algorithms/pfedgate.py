@@ -5,8 +5,9 @@ arXiv 2305.02776.
 
 Each parameter tensor is cut into `split` blocks. The gate maps a batch of images to one score for each block; blocks
 are taken by falling score while they fit into a budget, for linear layers and for all others apart, and each block
-taken is multiplied by its score. The first block of a tensor is always taken, so that nothing is cut through. The gate
-is trained together with the network, by the same optimiser.
+taken is multiplied by its score. The first block of a tensor is always taken, so that nothing is cut through: the share
+of the parameters that are used is 1 / `split` at least. The gate is trained together with the network, by the same
+optimiser.
 
 A client's model at test time is the network under its own gate. A score is the mean over the batch: results depend on
 `evaluate.batch`, which belongs beside them. Scores begin near 1/2 and halve the weights, so the method wants larger
@@ -38,6 +39,7 @@ from torch.func import functional_call
 from torch.nn.functional import adaptive_avg_pool2d, batch_norm
 
 from fedkeel.algorithms.base import Algorithm
+from fedkeel.errors import ConfigError
 from fedkeel.models.split import Split
 from fedkeel.options import option
 from fedkeel.registry import register
@@ -58,10 +60,18 @@ class PFedGate(Algorithm):
     kind: ClassVar[Literal["global", "personal"]] = "personal"
     has_global: ClassVar[bool] = False
 
-    sparsity: float = option(0.5, "share of the parameters that a client uses (s)", gt=0, le=1, grid=(0.3, 0.5, 1.0))
+    sparsity: float = option(
+        0.5, "share of the parameters that a client uses (s), at least 1 / split", gt=0, le=1, grid=(0.3, 0.5, 1.0)
+    )
     split: int = option(5, "blocks of each parameter tensor", ge=2)
     gate_lr: float = option(1.0, "learning rate of the gate as a factor of the model's", ge=0, grid=(0.3, 1.0, 3.0))
     input_size: int = option(32, "side of the images that the gate sees, in pixels", ge=1, grid=(8, 16, 32))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sparsity < 1 / self.split:
+            allowed = f"must be at least 1 / split = {1 / self.split:.4g}, since first blocks are always taken"
+            raise ConfigError("sparsity", self.sparsity, allowed)
 
     def build(self, model: Split) -> Split:
         return Gated(model, self.sparsity, self.split, self.input_size, Rule(lr=self.gate_lr))

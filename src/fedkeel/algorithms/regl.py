@@ -24,6 +24,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 
 from fedkeel.algorithms.base import Over
 from fedkeel.balance.point import filled
+from fedkeel.errors import ConfigError
 from fedkeel.options import option
 from fedkeel.records import Batch, Local, Plan, Samples
 from fedkeel.registry import register
@@ -58,6 +59,12 @@ class ReGL(Over):
     real_ratio: float | None = option(
         None, "share of real samples in each batch (R-16); absent: all in one pool, shuffled", gt=0, lt=1
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.objective != "ce" and self.base.looks_inside:
+            name = type(self.base).__name__
+            raise ConfigError("objective", self.objective, f"{name} has a loss of its own: must be 'ce' over it")
 
     def plan(self, counts: Tensor, profile: str) -> Plan:
         """All real samples, and `volume` synthetic ones by `mode` (4.1.1)."""

@@ -5,6 +5,8 @@ ICML 2020, arXiv 1910.06378.
 
 Departure: option II divides the displacement by the weight that the optimiser gave to the gradients, K under plain SGD
 as printed, a(K, momentum) of FedNova under momentum; dividing by K there overestimates c_k by up to 1 / (1 - momentum).
+Momentum that lasts from round to round brings gradients of earlier ones into the displacement: refused with option II.
+`local.clip` biases option II, since what was clipped off is missing in the displacement.
 
 What crosses: c down beside the model, the change of c_k up beside the model's: twice FedAvg's traffic both ways.
 What stays: c_k.
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from fedkeel.algorithms.base import Algorithm
 from fedkeel.errors import ConfigError
-from fedkeel.local import full_gradient
+from fedkeel.local import Training, full_gradient
 from fedkeel.options import option
 from fedkeel.records import Local, Server, Update
 from fedkeel.registry import register
@@ -57,13 +59,20 @@ class Scaffold(Algorithm):
     def client_state(self, params: Tensor) -> dict[str, Tensor]:
         return {"c": torch.zeros_like(params)}
 
+    def training(self, training: Training, cohort: int) -> Training:
+        if self.variate == "displacement" and training.optimiser == "keep" and training.momentum > 0:
+            allowed = "must be 'reset' under momentum, unless algorithm.variate = 'gradient'"
+            raise ConfigError("local.optimiser", "keep", f"{allowed}: gradients of earlier rounds would be in c_k")
+        return training
+
     def correct(self, local: Local, grad: Tensor) -> Tensor:  # line 10
         return grad.sub_(local.mine["c"]).add_(local.shared["c"])
 
     def upload(self, local: Local) -> Update:  # lines 12 and 13
         c, c_k, moved = local.shared["c"], local.mine["c"], local.params - local.anchor
         if self.variate == "gradient":
-            new = full_gradient(local, self)
+            assert local.method is not None
+            new = full_gradient(local, local.method)  # not self: what balances the data may have a loss of its own
         elif local.gradient_weight == 0:  # no step was made: nothing was learnt about the gradient
             new = c_k
         else:

@@ -17,7 +17,7 @@ Shortage = Literal["fill_from_old", "shrink", "with_replacement"]
 
 def carried(gamma: float, point: int) -> int:
     """How many samples of the last subset return: gamma * B_k, halves rounded up."""
-    return min(point, int(gamma * point + 0.5))
+    return min(point, int(gamma * point + 0.5 + 1e-9))  # 0.7 * 45 is a little less than 31.5 in floating point
 
 
 def replay(
@@ -35,13 +35,15 @@ def replay(
     """R^{t+1} = g(R^t, gamma B) + g(S \\ R^t, (1 - gamma) B), sample numbers, [B] int64.
 
     pool: [n] all sample numbers of the class (S); last: the subset kept so far (R^t); scores: [n] the losses of `pool`.
-    When S \\ R^t is too small: "fill_from_old" takes more of the old, so that exactly B are kept; "shrink" keeps fewer;
-    "with_replacement" repeats new samples.
+    When S \\ R^t is too small: "fill_from_old" takes more of the old, so that exactly B are kept, and where too few of
+    the old are left in S, more of the new; "shrink" keeps fewer; "with_replacement" repeats new samples.
     """
     in_last = torch.isin(pool, last)
     kept = choose(pool[in_last], scores[in_last], len(pool), old, rng)
     fresh = choose(pool[~in_last], scores[~in_last], len(pool), new, rng)
     take_old = carried(gamma, point)
+    if shortage == "fill_from_old":
+        take_old = min(take_old, len(kept))
     take_new = point - take_old
     missing = take_new - len(fresh)
     if missing > 0 and shortage == "fill_from_old":

@@ -61,7 +61,7 @@ class Tunable(Protocol):
         file's metadata say so: "steps" (done), "of" (wanted), "seconds". progress: called with steps done and in all.
 
         The fingerprint is that of the generator and of what was learned; with a scale of 0 the images are the untuned
-        ones. Raises PoolError when `keep` holds something else or nothing was learned, StorageError for a full disk.
+        ones. Raises PoolError when `keep` holds something else, StorageError for a full disk.
         """
         ...
 
@@ -76,6 +76,16 @@ class Remembers(Protocol):
     """A source that knows which images it was trained on: [N] int64 `names.marks`, None where it does not."""
 
     trained_on: Tensor | None
+
+
+@runtime_checkable
+class Finite(Protocol):
+    """A source of images that are there, not made: image number i of a class is number i modulo how many there are,
+    where it begins again at all."""
+
+    def available(self, label: int) -> int:
+        """How many images of a class there are."""
+        ...
 
 
 @runtime_checkable

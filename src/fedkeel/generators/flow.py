@@ -31,14 +31,12 @@ from torch.nn import functional as F
 from fedkeel.errors import DataError, PoolError
 from fedkeel.files import write
 from fedkeel.generators.flow_tuning import Tuning, merged, tune
-from fedkeel.generators.names import digest, knows, marks, match, plain_name
+from fedkeel.generators.names import BUNDLED, beside, digest, knows, marks, match, plain_name
 from fedkeel.options import option
 from fedkeel.records import Samples
 from fedkeel.registry import register
 from fedkeel.rng import isolated, stream_seed
 
-BUNDLED = Path(__file__).parent / "bundled"
-HASHES = Path(__file__).parents[1] / "data/bundled"
 MARKS = "trained_on"
 """The tensor of a weights file that holds the marks of the images it was trained on."""
 NEAREST = 0.05
@@ -212,7 +210,8 @@ class FlowSource:
     ) -> FlowSource | TunedFlow:
         """A source tuned on these images ([N, C, H, W] uint8, labels as `classes`); see `Tunable` and flow_tuning.
 
-        Raises PoolError when `keep` holds an adapter of something else or the tuning comes to nothing.
+        It is served in more steps, and only if anything was learned: not with no steps done. Raises PoolError when
+        `keep` holds an adapter of something else or the tuning comes to numbers that are not finite.
         """
         device, ids = next(self.net.parameters()).device, torch.tensor(self._ids)
         adapter = tune(
@@ -231,7 +230,9 @@ class FlowSource:
         net, scale = copy.deepcopy(self.net), self.tuning.scale
         net.load_state_dict(merged(self.net.state_dict(), adapter, scale))
         parts = (part for name in sorted(adapter) for part in (name, adapter[name].cpu().numpy().tobytes()))
-        weights, steps = digest(self.weights, *parts, str(scale)), self.tuning.serve if scale else self.steps
+        weights = digest(self.weights, *parts, str(scale))
+        learned = scale > 0 and any(bool(part.any()) for name, part in adapter.items() if not name.endswith(".a"))
+        steps = self.tuning.serve if learned else self.steps
         tuned = FlowSource(net, self.config, weights, self.classes, self.seed, steps, self.tuning, self.trained_on)
         owned = frozenset(samples.y.tolist())
         return tuned if scale == 0 or self.tuning.missing == "tuned" else TunedFlow(tuned, self, owned)
@@ -410,10 +411,7 @@ def trained_on(path: Path) -> Tensor | None:
         if MARKS in file.keys():  # noqa: SIM118 - it is no dict
             found: Tensor = file.get_tensor(MARKS)
             return found
-    beside = HASHES / f"{path.stem.removeprefix('flow-')}-public-sha256.bin"
-    if path.parent != BUNDLED or not beside.is_file():
-        return None
-    return torch.frombuffer(bytearray(beside.read_bytes()), dtype=torch.int64)
+    return beside(path)
 
 
 def read_config(path: Path) -> FlowConfig:

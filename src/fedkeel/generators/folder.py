@@ -71,6 +71,10 @@ class FolderSource:
             picture = picture.resize((width, height), Image.Resampling.LANCZOS)  # Pillow always filters when shrinking
         return torch.from_numpy(np.array(picture)).reshape(height, width, channels).permute(2, 0, 1)
 
+    def available(self, label: int) -> int:
+        """How many images of a class there are."""
+        return len(self.images[label])
+
     def prompt(self, label: int) -> str:
         """Nothing is asked for."""
         return ""
@@ -103,7 +107,7 @@ class Folder:
         False, "bring images of other sizes to the size of the data (antialiased) instead of refusing"
     )
 
-    repeat: bool = option(False, "begin again with the first image of a class when all are used, instead of an error")
+    repeat: bool = option(False, "begin again when all images of a class are used, instead of an error")
 
     def load(
         self,
@@ -141,7 +145,10 @@ def from_folders(root: Path) -> dict[str, list[bytes | Path]]:
 
 
 def from_tables(paths: list[Path]) -> dict[str, list[bytes | Path]]:
-    """Encoded images by class, in the order of the rows. Raises DataError when there is no image or class column."""
+    """Encoded images by class, in the order of the rows.
+
+    Raises DataError when there is no image or class column, or a row has no image or no class.
+    """
     from pyarrow import ArrowException, parquet  # slow to import
 
     found: dict[str, list[bytes | Path]] = {}
@@ -158,6 +165,10 @@ def from_tables(paths: list[Path]) -> dict[str, list[bytes | Path]]:
             found.setdefault(name, [])
         # the column of bytes without building a dictionary per row
         data = table[image].combine_chunks().field("bytes")
-        for number, encoded in zip(table[label].to_pylist(), data.to_pylist(), strict=True):
+        for row, (number, encoded) in enumerate(zip(table[label].to_pylist(), data.to_pylist(), strict=True)):
+            if number is None or not 0 <= number < len(names):  # -1 is the hub's word for a row without a label
+                raise DataError(f"{path}, row {row}: label {number}, must be 0 to {len(names) - 1}")
+            if encoded is None:
+                raise DataError(f"{path}, row {row}: there is no picture")
             found[names[number]].append(encoded)
     return found

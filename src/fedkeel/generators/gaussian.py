@@ -20,13 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedkeel.errors import DataError, PoolError
-from fedkeel.generators.names import digest, knows, match, plain_name
+from fedkeel.generators.names import BUNDLED, beside, digest, knows, match, plain_name
 from fedkeel.options import option
 from fedkeel.records import Samples
 from fedkeel.registry import register
 from fedkeel.rng import stream_seed
 
-BUNDLED = Path(__file__).parent / "bundled"
 RANK, PRIOR = 100, 50
 
 
@@ -90,10 +89,16 @@ class GaussianSource:
     """Fitted Gaussians ready to draw from; see `Source`. Always on the CPU, one image at a time."""
 
     def __init__(
-        self, fitted: Fitted, classes: tuple[str, ...], seed: int, prior: int = PRIOR, scale: float = 1.0
+        self,
+        fitted: Fitted,
+        classes: tuple[str, ...],
+        seed: int,
+        prior: int = PRIOR,
+        scale: float = 1.0,
+        trained_on: Tensor | None = None,
     ) -> None:
         self.classes, self.shape, self.seed = classes, fitted.shape, seed
-        self.prior, self.scale = prior, scale
+        self.prior, self.scale, self.trained_on = prior, scale, trained_on
         rows = match(classes, fitted.classes)
         self.mean, self.basis = fitted.mean[rows], fitted.basis[rows]
         self._names = [plain_name(name) for name in classes]
@@ -174,13 +179,17 @@ class Gaussian:
 
         Raises PoolError, naming what there is, when there are neither.
         """
-        fitted = [read(path) for path in ([Path(self.path)] if self.path else sorted(BUNDLED.glob("gaussian-*")))]
-        found = next((one for one in fitted if one.shape == shape and knows(classes, one.classes)), None)
-        if found is None and public is not None and not self.path:
-            found = fit(public, classes)
-        if found is not None:
-            return GaussianSource(found, classes, self.seed, self.tune_prior, self.tune_scale)
-        sizes = [f"{'x'.join(map(str, (*one.shape[1:], one.shape[0])))}: {', '.join(one.classes)}" for one in fitted]
+        paths = [Path(self.path)] if self.path else sorted(BUNDLED.glob("gaussian-*"))
+        fitted = {path: read(path) for path in paths}
+        how = (self.seed, self.tune_prior, self.tune_scale)
+        for path, one in fitted.items():
+            if one.shape == shape and knows(classes, one.classes):
+                return GaussianSource(one, classes, *how, trained_on=beside(path))
+        if public is not None and not self.path:
+            return GaussianSource(fit(public, classes), classes, *how)
+        sizes = [
+            f"{'x'.join(map(str, (*one.shape[1:], one.shape[0])))}: {', '.join(one.classes)}" for one in fitted.values()
+        ]
         c, h, w = shape
         raise PoolError(
             f"generator 'gaussian' cannot make {h}x{w}x{c} images of {', '.join(classes)}; it has {'; '.join(sizes)}; "

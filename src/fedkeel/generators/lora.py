@@ -212,7 +212,7 @@ class Tuning:
             order.append(torch.randperm(len(samples), generator=self.streams("tune-order", epoch)))
         rows, self.order = torch.unique(torch.cat(order)[:wanted], return_inverse=True)
         self.labels = samples.y[rows].tolist()
-        self.schedule = Schedule.of(source.scheduler)
+        self.schedule = Schedule.of(source.pipe.scheduler)  # as in `recipe`: how images are made changes no tuning
         if under_way is None:
             self.captions, means = describe(source, samples, samples.x[rows], self.streams)
         else:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fedkeel.errors import PoolError
+
+BUNDLED = Path(__file__).parent / "bundled"
+HASHES = Path(__file__).parents[1] / "data/bundled"
 
 
 def plain_name(name: str) -> str:
@@ -44,3 +48,12 @@ def marks(images: Tensor) -> Tensor:
     """[N] int64: the first eight bytes of the SHA-256 of each image's pixels (uint8 [N, C, H, W]), to know it by."""
     hashes = (hashlib.sha256(image.numpy().tobytes()).digest()[:8] for image in images.contiguous())
     return torch.tensor([int.from_bytes(each, "little", signed=True) for each in hashes], dtype=torch.int64)
+
+
+def beside(path: Path) -> Tensor | None:
+    """[N] int64 marks of the images that a file of the package, `<generator>-<data>.safetensors`, was made from, where
+    the package holds them beside the data; None for other files."""
+    found = HASHES / f"{path.stem.partition('-')[2]}-public-sha256.bin"
+    if path.parent != BUNDLED or not found.is_file():
+        return None
+    return torch.frombuffer(bytearray(found.read_bytes()), dtype=torch.int64)

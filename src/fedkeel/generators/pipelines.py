@@ -36,6 +36,8 @@ SCHEDULERS = {
     "euler_a": "EulerAncestralDiscreteScheduler",
     "lcm": "LCMScheduler",
 }
+FLOWS = ("dpm++", "unipc")
+"""Those of them that know the prediction_type flow_prediction."""
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 """Components of a Stable Diffusion repository that making images from text does not need."""
 QUANTISED = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -228,10 +230,16 @@ def quantisation(precision: Precision, device: torch.device) -> dict[str, Any]:
 def new_scheduler(pipe: Any, name: Scheduler, steps: int) -> Any:
     """The scheduler of that name with the settings the pipeline's own was trained with.
 
-    Raises ConfigError when it cannot do so many steps.
+    Raises ConfigError when it cannot do so many steps, or cannot follow a flow, which the pipeline is.
     """
     import diffusers
 
+    matching = type(pipe.scheduler).__name__.startswith("FlowMatch")  # its settings do not say so
+    if name != "own" and (matching or pipe.scheduler.config.get("prediction_type") == "flow_prediction"):
+        able = ("own",) if matching else ("own", *FLOWS)
+        if name not in able:
+            allowed = f"cannot follow a flow, which this pipeline is: must be {' or '.join(map(repr, able))}"
+            raise ConfigError("generator.scheduler", name, allowed)
     with quiet():
         made = (
             pipe.scheduler if name == "own" else getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)

@@ -41,6 +41,10 @@ class PublicSource:
             out[row] = self.images[label][index % there]
         return out
 
+    def available(self, label: int) -> int:
+        """How many images of a class there are."""
+        return len(self.images[label])
+
     def prompt(self, label: int) -> str:
         """Nothing is asked for."""
         return ""
@@ -62,7 +66,7 @@ class Public:
     limit: int | None = option(
         None, "only this many of them, in the class proportions, the first of each class; absent: all", ge=1
     )
-    repeat: bool = option(False, "begin again with the first image of a class when all are used, instead of an error")
+    repeat: bool = option(False, "begin again when all images of a class are used, instead of an error")
 
     def load(
         self,

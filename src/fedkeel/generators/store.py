@@ -1,8 +1,12 @@
 """The pool: synthetic images made once, kept on disk, shared by all runs that ask the same generator.
 
 An image is known by its class and its index at the source. Image j of lane k (a lane is a client) has index
-`j * lanes + k`, `lanes` being the number of clients: lanes never share an image however many each takes, and a source
-with few images (`folder`) is used from its start without gaps. The files do not depend on `lanes`.
+i = `j * lanes + k`, `lanes` being the number of clients: lanes never share an image however many each takes, and a
+source with few images (`folder`) is used from its start without gaps. The files do not depend on `lanes`.
+
+A source with n images of a class that begins again after the last would give a lane the same n / gcd(n, lanes) of them
+in each lap. So where n and lanes have a common divisor one index is left out at every common multiple of them: the
+index is i + i // lcm(n, lanes), and a lane gets all n before any comes again.
 
 On disk a pool is one folder: `pool.json` says whose images these are, each `part-<hash>.safetensors` holds one batch.
 Parts are written to a temporary name and renamed, are never rewritten, and are named by the SHA-256 of their content,
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 import warnings
 from collections import OrderedDict
@@ -30,7 +35,7 @@ from torch import Tensor
 
 from fedkeel.errors import PoolError, StorageError
 from fedkeel.files import cache, write
-from fedkeel.generators.base import Source
+from fedkeel.generators.base import Finite, Source
 
 Key = tuple[int, int]
 """Class and index of an image."""
@@ -175,9 +180,17 @@ class Pool:
         """
         self._make([key for need in needs for key in self._keys(*need)], progress)
 
-    def _keys(self, label: int, lane: int, count: int) -> list[Key]:
+    def numbers(self, label: int, lane: int, count: int) -> list[int]:
+        """The indices at the source of the first `count` images of a class in a lane."""
         assert 0 <= lane < self.lanes, f"lane {lane} of {self.lanes}"
-        return [(label, j * self.lanes + lane) for j in range(count)]
+        numbers = range(lane, lane + count * self.lanes, self.lanes)
+        there = self.source.available(label) if isinstance(self.source, Finite) else 1
+        if math.gcd(there, self.lanes) == 1:
+            return list(numbers)
+        return [i + i // math.lcm(there, self.lanes) for i in numbers]
+
+    def _keys(self, label: int, lane: int, count: int) -> list[Key]:
+        return [(label, number) for number in self.numbers(label, lane, count)]
 
     def _make(self, keys: Sequence[Key], progress: Callable[[int, int], None] | None) -> None:
         wanted = dict.fromkeys(keys)

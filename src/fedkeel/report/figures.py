@@ -244,7 +244,7 @@ def sheet(run: Finished, client: int, each: int = SHOWN) -> Sheet:
     prints: dict[str, str] = {}
     for name, (pool, lane) in pools(run, client).items():
         groups[name] = [pool.take(c, lane, each) for c in labels]
-        numbers[name] = [[j * pool.lanes + lane for j in range(each)] for _ in labels]
+        numbers[name] = [pool.numbers(c, lane, each) for c in labels]
         prints[name] = pool.fingerprint
     return Sheet(run.title, client, run.classes, tuple(held.tolist()), groups, numbers, prints)
 

@@ -69,7 +69,7 @@ class Finished:
     def model(self, client: int) -> Split:
         """The final global network, or the client's own where the method has no global one."""
         job = self.job
-        if job.config.algorithm.has_global:
+        if job.has_global:
             job.worker.load(self.server)
         else:
             state, mail = job.store.open(client, self.accepted.get(client)), job.mail(self.server, client)

@@ -43,6 +43,7 @@ NAMES = {
     "method/participants/loss": "FedDyn: loss of the participants' mean model",
     "method/loss": "FedCDA: mean loss of the chosen models",
     "method/variance": "FedCDA: variance of the chosen models, times L/2",
+    "method/kept_loss": "FBL: mean loss of the samples kept of cut classes, when chosen",
     "method/mode_mismatch": "MOON: features apart by BatchNorm's modes alone, 1 - cosine",
 }
 
