@@ -340,6 +340,17 @@ def test_nodes_that_do_not_belong_are_refused_by_name(tmp_path, capsys):
     assert result.rounds[0]["clients"] == [1, 3], "names stand for places in federation.sites"
 
 
+@pytest.mark.parametrize("samples", [-1, 2.5, True, 2**53, 10**400])
+def test_a_site_that_claims_what_cannot_be_is_refused(tmp_path, capsys, samples):
+    """Numbers of samples go into averages over all clients."""
+    grid = loopback.grid(tmp_path)
+    grid.change[101] = lambda action, message, answer: with_facts_of(answer(), message, samples=samples)
+    cfg = config(tmp_path, "rounds=1", "participation=1.0", "algorithm.denominator=all")
+    result = loopback.federate(grid, cfg)
+    assert "its answer is no answer" in capsys.readouterr().out
+    assert len(result.rounds[0]["clients"]) == cfg.clients - 1
+
+
 def with_facts_of(reply, message, **facts):
     packet = flower.packet_of(reply.content)
     packet = replace(packet, text=wire.dumps({**wire.loads(packet.text), **facts}))

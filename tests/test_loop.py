@@ -21,12 +21,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedkeel import loop
+from fedkeel import loop, registry
 from fedkeel.algorithms.base import Algorithm
 from fedkeel.config import read
 from fedkeel.errors import CheckpointError, ConfigError, RunError, TooFewClients, UndeclaredField, UserError
 from fedkeel.job import Job, assign
 from fedkeel.loop import Result, resume, run
+from fedkeel.models.split import Split
 from fedkeel.record import Silent, numbers
 from fedkeel.registry import register
 from fedkeel.rng import Streams
@@ -77,6 +78,37 @@ def test_equal_configurations_give_equal_numbers(data, overrides):
     other = run(tiny.config(*overrides, "seed=2"), data=data)
     assert same(one, two) and comparable(one) == comparable(two)
     assert not same(one, other)
+
+
+@pytest.mark.parametrize("overrides", [(), ("algorithm.name=fedavg_ft", "personal.epochs=2")])
+def test_layers_that_draw_at_random_give_equal_numbers(data, tmp_path, monkeypatch, overrides):
+    """Dropout draws from the global generator: again, after a stop, and in other processes the same."""
+    registry.names("models")
+    monkeypatch.setitem(registry._things, "models", dict(registry._things["models"]))
+
+    @register("models", "forgetful")
+    @dataclass(frozen=True)
+    class Forgetful:
+        def build(self, shape: tuple[int, int, int], classes: int) -> Split:
+            body = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(math.prod(shape), 8), torch.nn.Dropout(0.5))
+            return Split(body, torch.nn.Linear(8, classes), 8)
+
+    options = (*overrides, f"runs_dir={tmp_path}")
+    table = {"model": {"name": "forgetful"}}
+    one = run(tiny.config(*options, "name=one", table=table), data=data, folder=tmp_path / "one")
+    torch.manual_seed(12345)
+    two = run(tiny.config(*options, "name=two", "runtime=pool", "workers=2", table=table), data=data)
+    assert same(one, two) and comparable(one) == comparable(two)
+
+    class Stop(Silent):
+        def finished_round(self, record) -> None:
+            if record["round"] == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny.config(*options, "name=three", table=table), data=data, listener=Stop(), folder=tmp_path / "three")
+    three = resume(tmp_path / "three", data=data)
+    assert same(one, three) and comparable(one) == comparable(three)
 
 
 def test_it_learns(data):

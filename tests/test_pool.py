@@ -328,3 +328,13 @@ def test_pools_lie_where_doctor_looks_for_them(monkeypatch, tmp_path):
         for name, place in variables.items():
             monkeypatch.setenv(name, str(place))
         assert default_dir(source) == root / "pools" / source.fingerprint()[:16]
+
+
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    """Not what somebody may still be writing."""
+    old, new = (tmp_path / f"part-{name}.safetensors.{name}.partial" for name in ("a", "b"))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, times=(0, time.time() - 2 * store.STALE))
+    Pool(Counting(), tmp_path)
+    assert not old.exists() and new.exists()

@@ -291,6 +291,18 @@ def test_every_method_on_ray(method: str, cluster: None, tmp_path: Path) -> None
     same(plain(config, tmp_path / "one"), with_own_images(config, tmp_path / "ray"))
 
 
+def test_a_cluster_of_its_own_listens_on_this_machine_only() -> None:
+    """Ray asks nobody who they are. In a process of its own, as it decides when it is imported."""
+    script = (
+        "from fedkeel.federation import Cluster\nfrom fedkeel.runtimes import ray as on_ray\n"
+        "on_ray.join(Cluster(actors=1))\n"
+        "import ray\n"
+        "print([node['NodeManagerAddress'] for node in ray.nodes()])\n"
+    )
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=240)
+    assert told.stdout.split("\n")[0] == "['127.0.0.1']"
+
+
 @pytest.mark.slow
 def test_a_cluster_that_runs_already(tmp_path: Path) -> None:
     """Two commands that use it one after another; it is there until its own end. One that is not there is named."""

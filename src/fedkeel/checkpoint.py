@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from fedkeel.clients import ClientStore
 from fedkeel.errors import CheckpointError, StorageError
-from fedkeel.files import checksum, write, write_tensors
+from fedkeel.files import checksum, settle, write, write_tensors
 from fedkeel.records import Server
 
 GENERATIONS = ("a", "b")
@@ -84,6 +84,7 @@ class Checkpoints:
         try:
             shutil.rmtree(self.folder / older, ignore_errors=True)
             fresh.rename(self.folder / older)
+            settle(self.folder)
         except OSError as error:
             raise StorageError(f"cannot write {self.folder / older}: {error.strerror or error}") from error
         self._known[older] = Generation(digest, self.key, server.round, sums, kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 def write(path: Path, content: bytes) -> str:
     """Replaces `path` by `content` in one step and returns its SHA-256.
 
-    Raises StorageError when the disk is full or cannot be written; what was at `path` is then as before.
+    Raises StorageError when the disk is full or cannot be written; what was at `path` is then as before, or the new
+    content when only its name could not be put on disk.
     """
     partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")  # containers that share a disk share process numbers
     try:
@@ -31,11 +33,24 @@ def write(path: Path, content: bytes) -> str:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+        settle(path.parent)
     except OSError as error:
         with suppress(OSError):  # it may never have been there
             partial.unlink()
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
     return hashlib.sha256(content).hexdigest()
+
+
+def settle(folder: Path) -> None:
+    """Puts on disk which files a folder has: until then a power cut may undo a renaming. Raises OSError."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every file system can
+            raise
+    finally:
+        os.close(number)
 
 
 @contextmanager

@@ -203,9 +203,10 @@ class Worker:
         measure: Measure | None,
         mail: Mapping[str, Tensor],
     ) -> Reply:
-        local, metrics = self.begin(server, client, state, measure, mail)
-        train(local, self.algorithm, self.training, self.weights)
-        return self.finish(local, measure, metrics)
+        with isolated(self.streams.at(server.round, client)("layers")):  # a network may have Dropout
+            local, metrics = self.begin(server, client, state, measure, mail)
+            train(local, self.algorithm, self.training, self.weights)
+            return self.finish(local, measure, metrics)
 
     def begin(
         self,

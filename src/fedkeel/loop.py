@@ -31,6 +31,7 @@ from fedkeel.partition.manifest import listed
 from fedkeel.privacy import guarded
 from fedkeel.record import Listener, MLflow, RoundLog, Several, Silent, TensorBoard, headline
 from fedkeel.records import Reply, Server, Update
+from fedkeel.rng import isolated
 from fedkeel.robust import agreed
 from fedkeel.runtimes.base import Choosing, Engine, Runtime
 from fedkeel.weights import Layout, Statistics, finite
@@ -188,7 +189,11 @@ def one_round(job: Job, runtime: Runtime, server: Server, accepted: dict[int, in
     elif config.robust is not None:
         replies = agreed(replies, config.robust)
     round_ = Incoming(replies, config.local.bn_var, server, means, private=config.privacy is not None)
-    after = job.method.aggregate(replace(server, lab=job.lab(number)), round_) if round_.wait() else server
+    after = server
+    if round_.wait():
+        lab = job.lab(number)
+        with isolated(lab.streams("layers")):  # a method may train on the server
+            after = job.method.aggregate(replace(server, lab=lab), round_)
     round_.drain()
     _enough(config, number, round_)
     if set(after.shared) != set(server.shared):

@@ -23,6 +23,7 @@ from fedkeel.evaluate import evaluate
 from fedkeel.local import Training, descend
 from fedkeel.options import option
 from fedkeel.records import Local, Phase, Samples, Server
+from fedkeel.rng import isolated
 
 if TYPE_CHECKING:
     from fedkeel.job import Job
@@ -139,10 +140,11 @@ def curve_of(
         training = Training(
             lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay, optimiser="keep"
         )
-        for _ in range(options.epochs):
-            local.model.train()
-            descend(local, Algorithm(), training, job.worker.weights, Phase(1))
-            curve.append(accuracy())
+        with isolated(local.rng("layers", "tune")):
+            for _ in range(options.epochs):
+                local.model.train()
+                descend(local, Algorithm(), training, job.worker.weights, Phase(1))
+                curve.append(accuracy())
     return curve, len(rows)
 
 

@@ -2,10 +2,11 @@
 
 Every random draw of a run comes from `Streams(seed)("purpose", ...)`. Streams of different names are independent, so
 switching one thing off (augmentation, the drop, a metric) changes no other draw, and identities between methods hold
-bit for bit. Nothing in fedkeel reads a global generator.
+bit for bit. Nothing in fedkeel reads a global generator; networks that do (Dropout) see one of their own in each round
+of each client.
 
-Purposes in use: init, build, partition, clients, profile, personal, batch, augment, noise, select, drop, offset, pool
-and what single methods add. Generators draw one stream per (seed, class, index) of an image.
+Purposes in use: init, build, partition, clients, profile, personal, batch, augment, noise, select, drop, offset, pool,
+layers and what single methods add. Generators draw one stream per (seed, class, index) of an image.
 """
 
 from __future__ import annotations
@@ -49,9 +50,11 @@ class Streams:
 
 @contextmanager
 def isolated(generator: torch.Generator) -> Iterator[None]:
-    """For code of others that draws from the global generator (layer constructors): it sees one seeded by `generator`
-    and the global state is as before afterwards."""
+    """For code of others that draws from the global generators (constructors of layers, Dropout): it sees ones seeded
+    by `generator`, and the global states, also those of GPUs in use, are as before afterwards."""
     seed = int(torch.randint(2**62, (), generator=generator))
-    with torch.random.fork_rng(devices=[]):
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if used else ()
+    with torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(seed)
         yield

@@ -39,6 +39,8 @@ from fedkeel.generators.base import Finite, Source
 
 Key = tuple[int, int]
 """Class and index of an image."""
+STALE = 24 * 3600.0
+"""Seconds after which nobody is still writing a file."""
 MEMORY = 512 * 2**20
 """Bytes of images kept in memory beside those on disk."""
 
@@ -270,6 +272,10 @@ class Pool:
             dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"{dir}: cannot make this folder for synthetic images: {error.strerror}") from error
+        for path in dir.glob("*.partial"):  # of processes that were killed; another one may be writing its own
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > STALE:
+                    path.unlink()
         self._compare(dir / "pool.json")
         for path in sorted(dir.glob("part-*.safetensors")):
             try:

@@ -26,6 +26,8 @@ AGAIN = 60.0
 """Seconds until a node that was refused is asked again."""
 AT_ONCE = 8
 """Messages handed to the post together."""
+MOST = 2**53
+"""Above any number of samples: larger ones are no exact floats."""
 
 Say = Callable[[str], None]
 
@@ -253,9 +255,10 @@ class Roster:
         if failure := facts.get("failure"):
             raise Malformed(f"{who}: {wire.said(failure, 'failure')}")
         samples, partition = facts.get("samples"), facts.get("partition")
-        if not known or type(samples) is not int or samples < 0 or not isinstance(partition, str) or answer.tensors:
+        counted = type(samples) is int and 0 <= samples < MOST
+        if not known or not counted or not isinstance(partition, str) or answer.tensors:
             raise Malformed(f"{who}: its answer is no answer")
-        assert isinstance(number, int)
+        assert isinstance(number, int) and isinstance(samples, int)
         member = Member(node, number, samples, partition)
         if facts.get("key") != self.config.key():
             raise Malformed(f"{who}: it reads the configuration in another way than the server")

@@ -360,7 +360,8 @@ def serve(post: Post, settings: Mapping[str, object], runs_dir: str = "") -> loo
     try:
         check(config, again)
         same_sites(config)
-        facts: dict[str, object] = {"config": config.toml(), "versions": wire.versions(), "experiment": "joining"}
+        told = replace(config, mlflow="", tensorboard=False, runs_dir="runs")  # a tracker's address may hold a password
+        facts: dict[str, object] = {"config": told.toml(), "versions": wire.versions(), "experiment": "joining"}
         data = config.data.load() if isinstance(config.partition, Sites) else None
         if data is not None:
             facts["images"] = {"classes": data.classes, "shape": data.shape, "mean": data.mean, "std": data.std}

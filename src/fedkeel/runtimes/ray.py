@@ -66,6 +66,8 @@ def join(cluster: Cluster) -> bool:
     Raises MissingExtra, ConfigError for a cluster that cannot be reached or has another version of Ray or Python, and
     RunError when none can be started.
     """
+    if not cluster.address:  # Ray then listens on 127.0.0.1 only: it asks nobody who connects who they are
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     ray = _ray()
     if ray.is_initialized():
         return False
