@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass, fields
+from itertools import permutations
 
 import pytest
 import tiny
@@ -148,6 +149,45 @@ def test_another_name_clears_the_options_of_the_old_one():
     model = parse({"model": {"name": "mlp", "hidden": [3]}}, ["model.name=cnn", "model.hidden=7"]).model
     assert model.hidden == 7
     assert tiny.config("name=other").model.hidden == (8,)  # the run's own name clears nothing
+
+
+@pytest.mark.parametrize(
+    ("table", "texts"),
+    [
+        ({}, ["partition.name=global_share", "partition.alpha=0.05"]),
+        ({}, ["algorithm.name=fedprox", "algorithm.mu=0.7"]),
+        ({}, ["data.name=parquet", "data.dir=X"]),
+        ({"algorithm": {"name": "fbl", "period": 3}}, ["algorithm.name=fedprox", "algorithm.mu=0.7"]),
+        ({}, ["algorithm={name='fbl'}", "algorithm.name=fedprox", "algorithm.mu=0.7"]),
+        (
+            {"generator": {"name": "bundled", "steps": 2}, "generators": {"constrained": {"steps": 8}}},
+            ["generator.name=gaussian", "generators.constrained.name=gaussian", "generators.constrained.seed=7"],
+        ),
+    ],
+)
+def test_the_order_of_overrides_changes_nothing(table, texts):
+    made = [parse(table, order) for order in permutations(texts)]
+    assert all(config == made[0] for config in made)
+    for text in texts:
+        path, value = text.split("=", 1)
+        section, _, key = path.rpartition(".")
+        found = made[0].table()
+        for part in section.split(".") if section else ():
+            found = found[part]
+        assert not section or str(found[key]) == value, text
+    assert parse({}, ["rounds=3", "rounds=5"]).rounds == 5  # of one key the last stands
+
+
+def test_a_name_that_is_not_another_clears_nothing():
+    """The default's own name, that of a section that chooses no thing, and the first that a section gets."""
+    assert parse({"partition": {"alpha": 0.05}}, ["partition.name=dirichlet"]).partition == Dirichlet(alpha=0.05)
+    assert parse({"algorithm": {"weights": "uniform"}}, ["algorithm.name=fedavg"]).algorithm.weights == "uniform"
+    robust = parse({"robust": {"trim": 0.3}}, ["robust.name=trimmed_mean"]).robust
+    assert (robust.name, robust.trim) == ("trimmed_mean", 0.3)
+    assert parse({"generator": {"steps": 3}}, ["generator.name=bundled"]).generator == Bundled(steps=3)
+    table = {"generator": {"name": "bundled"}, "generators": {"constrained": {"steps": 8}}}
+    same = parse(table, ["generators.constrained.name=bundled"])
+    assert same.generator_of("constrained") == Bundled(steps=8)
 
 
 def test_presets():

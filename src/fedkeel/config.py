@@ -328,10 +328,14 @@ def parse(table: Table, overrides: Sequence[str] = ()) -> Config:
 
 
 def override(table: Table, texts: Sequence[str]) -> dict[str, object]:
-    """A copy of `table` with overrides such as "local.lr=0.1". Raises ConfigError."""
+    """A copy of `table` with overrides such as "local.lr=0.1", whatever their order; of one key the last stands.
+
+    A section's name goes before its other keys: options of another thing do not carry over, those given here are of the
+    thing named here. Raises ConfigError.
+    """
     out: dict[str, Any] = copy.deepcopy(dict(table))
-    for text in texts:
-        _override(out, text)
+    for text in sorted(texts, key=_turn):
+        _override(out, text, table)
     return out
 
 
@@ -430,7 +434,22 @@ def _named(key: str, room: str, section: object) -> object:
     return build(cls, options, key)
 
 
-def _override(table: dict[str, Any], text: str) -> None:
+def _turn(text: str) -> tuple[int, bool]:
+    """Whole sections go before their keys, and names before other keys."""
+    path = text.partition("=")[0].strip().split(".")
+    return len(path), path[-1] != "name"
+
+
+def _chosen(section: Sequence[str], table: Table) -> object:
+    """The name that stands for a section of `table` without one; None where no thing is chosen or none is known."""
+    if section[0] == "generators":  # a profile's is over [generator]
+        base = table.get("generator")
+        return base.get("name") if isinstance(base, Mapping) else None
+    return "fedavg" if section[0] == "algorithm" else _DEFAULTS.get(section[0], {}).get("name")
+
+
+def _override(table: dict[str, Any], text: str, before: Table) -> None:
+    """Sets one key; `before` is the table without overrides."""
     dotted, equals, value = text.partition("=")
     if not equals or not dotted:
         raise ConfigError("override", text, "must look like local.lr=0.1")
@@ -444,6 +463,7 @@ def _override(table: dict[str, Any], text: str) -> None:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value  # a bare word
-    if leaf == "name" and path and table.get("name") != parsed:
+    chooses = path[:-1] == ["generators"] or (len(path) == 1 and path[0] in NAMED)
+    if leaf == "name" and chooses and table.get("name", _chosen(path, before)) not in (None, parsed):
         table.clear()  # options of another thing do not carry over
     table[leaf] = parsed
