@@ -371,12 +371,26 @@ def test_with_method():
         ({"methods": 3}, "fbl", r"methods.*\[methods\.fbl\]"),
         ({"methods": {"fbl": 3}}, "fbl", r"methods.*\[methods\.fbl\]"),
         ({"profiles": 3}, "fbl(25%)", "profiles"),
-        ({"methods": {"fbl": {"mu": 1}}}, "fbl", r"algorithm\.mu"),
+        ({"methods": {"fbl": {"mu": 1}}}, "fbl", r"methods\.fbl\.mu"),
+        ({"methods": {"fedbl": {"drop": 1}}}, "fedavg", r"methods\.fedbl = .*no such method.* Did you mean 'fedbn'"),
+        ({"methods": {"fedprox": {"my": 1}}}, "fedavg", r"methods\.fedprox\.my = 1.* Did you mean 'mu'"),
+        ({"methods": {"fbl": {"preset": "M9"}}}, "fedavg", r"methods\.fbl\.preset"),
     ],
 )
 def test_methods_that_cannot_be(table, spec, said):
     with pytest.raises((ConfigError, UnknownName), match=said):
         parse(with_method(table, spec))
+
+
+def test_options_of_methods_are_checked_without_them_too():
+    """In a run as in a comparison; where [algorithm] is the method's own, the two are one."""
+    for table in ({"methods": {"fedbl": {}}}, {"methods": 3}, {"methods": {"fbl": 3}}):
+        with pytest.raises(ConfigError, match="methods"):
+            parse(table)
+    own = {"algorithm": {"name": "pfedgate", "split": 10}, "methods": {"pfedgate": {"sparsity": 0.1}}}
+    assert parse(own).algorithm.split == 10
+    with pytest.raises(ConfigError, match=r"methods\.pfedgate\.sparsity"):
+        parse({"methods": {"pfedgate": {"sparsity": 0.1}}})
 
 
 def test_balance_works_over_the_algorithm():

@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from fedkeel.config import Config, Table, override, parse, read, with_method
+from fedkeel.config import Config, Table, check_algorithm, override, parse, read, spec_parts, with_method
 from fedkeel.data.dataset import Dataset
 from fedkeel.errors import CheckpointError, ConfigError, RunError, UserError
 from fedkeel.files import write_json
@@ -110,11 +110,15 @@ def compare(
 def cells(
     table: Table, specs: Sequence[str], seeds: Sequence[int], folder: Path, overrides: Sequence[str] = ()
 ) -> list[Cell]:
-    """The runs of a comparison, seed by seed. Raises ConfigError for a method that is unknown or named twice."""
+    """The runs of a comparison, seed by seed.
+
+    Raises ConfigError for a method that is unknown or named twice, and for options that are none of its methods'.
+    """
     doubled = next((spec for at, spec in enumerate(specs) if spec in specs[:at]), None)
     if not specs or doubled is not None:
         raise ConfigError("algorithms", doubled or "", "must name methods, each of them once")
     chosen = override(table, overrides)
+    check_algorithm(chosen, [spec_parts(spec)[0] for spec in specs], overrides)
     planned = []
     for seed in seeds:
         for spec in specs:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -306,6 +306,7 @@ def parse(table: Table, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError naming the dotted key.
     """
     merged = override(table, overrides)
+    _check_methods(merged)
     merged.pop("methods", None)
     values = dict(merged)
     for key, room in NAMED.items():
@@ -364,17 +365,9 @@ def with_method(table: Table, spec: str) -> dict[str, object]:
     Options for each method are taken from `[methods.<name>]`; those of `[algorithm]` go with its own name only. A
     preset named here goes before both.
     """
-    parts = re.fullmatch(r"([^:()]*)(?::([^:()]+))?(?:\((\d+(?:\.\d+)?)%\))?", spec)
-    if parts is None:
-        raise ConfigError("algorithms", spec, "must look like fbl(25%), fbl:M3 or fbl:M3(25%)")
-    name, preset, percent = parts.groups()
+    name, preset, percent = spec_parts(spec)
     out = {key: dict(value) if isinstance(value, Mapping) else value for key, value in table.items()}
-    own = out.get("algorithm")
-    section: dict[str, object] = dict(own) if isinstance(own, dict) and own.get("name", "fedavg") == name else {}
-    methods = out.get("methods", {})
-    if not isinstance(methods, dict) or not isinstance(methods.get(name, {}), dict):
-        raise ConfigError("methods", methods, f"must hold one table a method, such as [methods.{name}]")
-    section |= methods.get(name, {}) | {"name": name}
+    section = _of_method(out, name)
     if preset is not None:  # what it sets is asked for here, the rest of the table for any of the method's forms
         presets = getattr(registry.get("algorithms", name), "presets", {})
         section = {key: value for key, value in section.items() if key not in presets.get(preset, {})}
@@ -386,6 +379,49 @@ def with_method(table: Table, spec: str) -> dict[str, object]:
             raise ConfigError("profiles", profiles, "must be a table of keys")
         out["profiles"] = {**profiles, "unconstrained": float(percent) / 100}
     return out
+
+
+def spec_parts(spec: str) -> tuple[str, str | None, str | None]:
+    """Name, preset and per cent of a method as `with_method` reads it. Raises ConfigError."""
+    parts = re.fullmatch(r"([^:()]*)(?::([^:()]+))?(?:\((\d+(?:\.\d+)?)%\))?", spec)
+    if parts is None:
+        raise ConfigError("algorithms", spec, "must look like fbl(25%), fbl:M3 or fbl:M3(25%)")
+    name, preset, percent = parts.groups()
+    return name, preset, percent
+
+
+def _of_method(table: Table, name: str) -> dict[str, object]:
+    """What `table` says of one method: in [algorithm], where that is its own, and in [methods.<name>]."""
+    own, methods = table.get("algorithm"), table.get("methods", {})
+    if not isinstance(methods, Mapping) or not isinstance(methods.get(name, {}), Mapping):
+        raise ConfigError("methods", methods, f"must hold one table a method, such as [methods.{name}]")
+    section = dict(own) if isinstance(own, Mapping) and own.get("name", "fedavg") == name else {}
+    return {**section, **methods.get(name, {}), "name": name}
+
+
+def _check_methods(table: Table) -> None:
+    """Makes each method of [methods] once, used or not: a misspelt name or option would be dropped without a word."""
+    methods = table.get("methods", {})
+    if not isinstance(methods, Mapping):
+        raise ConfigError("methods", methods, "must hold one table a method, such as [methods.fbl]")
+    for name in methods:
+        if name not in registry.names("algorithms"):
+            near = nearest(name, registry.names("algorithms"))
+            raise ConfigError(f"methods.{name}", methods[name], "there is no such method", near)
+        _named(f"methods.{name}", "algorithms", _of_method(table, name))
+
+
+def check_algorithm(table: Table, methods: Collection[str], overrides: Sequence[str]) -> None:
+    """Raises ConfigError for an [algorithm] that cannot be, and for overrides of it when it is none of `methods`, those
+    that are compared: they would be dropped without a word."""
+    section = table.get("algorithm", {})
+    _named("algorithm", "algorithms", section)
+    name = section.get("name", "fedavg") if isinstance(section, Mapping) else None
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key.strip().split(".")[0] == "algorithm" and name not in methods:
+            allowed = f"[algorithm] is {name}, which is not compared; options of a method are set as methods.NAME.KEY"
+            raise ConfigError(key.strip(), value, allowed)
 
 
 def _profiled(values: dict[str, object], table: Table) -> None:
