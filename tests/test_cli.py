@@ -319,6 +319,18 @@ def test_compare_goes_on_cell_by_cell(config: Path, monkeypatch: pytest.MonkeyPa
     assert "holds several runs" in several.stderr
 
 
+def test_seeds_that_were_run_in_other_ways_are_one_method(config: Path, no_report: None) -> None:
+    """Settings that decide no numbers, and an option that is younger than the first run."""
+    words = ("compare", config, "--algorithms", "fedavg,fedprox", "rounds=1", "--json")
+    done(*words)
+    for spec in ("fedavg", "fedprox"):
+        path = Path(f"runs/exp/{spec}-seed1/config.toml")
+        path.write_text(path.read_text().replace("validation = 0.0\n", ""))
+    changed = ("workers=2", "memory=1.0", "pool.dir=elsewhere", "evaluate.local_clients=[1]")
+    found = json.loads(done(*words, "--seeds", "2", *changed).stdout)
+    assert [row["seeds"] for row in found["methods"].values()] == [[1, 2], [1, 2]]
+
+
 def test_a_failed_cell_does_not_stop_the_others(config: Path, data: Dataset, no_report: None) -> None:
     table = load(config) | {"methods": {"fedprox": {"mu": 1e30}}, "local": {"epochs": 5, "batch": 8}}
     with pytest.raises(RunError, match="1 of 3 runs failed: fedprox-seed1: round 1"):

@@ -340,7 +340,11 @@ def test_mistakes(folders: dict[str, Path], data: Dataset, tmp_path: Path, gener
     fails(ConfigError, "what = 'sheet'.*Did you mean 'sheets'", what=["sheet"])
     fails(DataError, "client 0 of these runs trains on no synthetic images", what=["sheets"])
     fails(DataError, "no such folder", tmp_path / "nothing")
-    run(tiny.config(*SKEWED, "seed=5", "name=other"), data=data, folder=tmp_path / "other")
+    run(
+        tiny.config(*SKEWED, "seed=5", "algorithm.mu=0.1", "algorithm.name=fedprox"),
+        data=data,
+        folder=tmp_path / "other",
+    )
     fails(DataError, "differ in their partition", folders["plain"], tmp_path / "other")
     (tmp_path / "other" / "model.safetensors").unlink()
     fails(CheckpointError, "not done", tmp_path / "other")

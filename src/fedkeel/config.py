@@ -268,10 +268,14 @@ class Config:
 
     def key(self) -> str:
         """SHA-256 over all that decides the numbers of the run (not its name, folder, runtime or what it writes)."""
+        return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()
+
+    def decisive(self) -> dict[str, object]:
+        """What the key is made of."""
         table = {key: value for key, value in self._table(keyed).items() if key not in _NO_NUMBERS}
         table["pool"] = self.pool.sharing
         table["evaluate"] = {key: value for key, value in keyed(self.evaluate).items() if key not in _NO_NUMBERS}
-        return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+        return table
 
 
 NAMED = {

@@ -16,12 +16,12 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkeel.errors import DataError
+from fedkeel.errors import DataError, UserError
 from fedkeel.record import headline
 
 PHASES = ("generate", "train", "aggregate", "evaluate", "checkpoint")
 _CLASS = "global/class/"
-_FREE = {"name", "seed", "runs_dir", "device", "runtime"}  # settings in which repetitions of one method may differ
+_FREE = {"name", "runs_dir", "device", "runtime"}  # keys without a say in numbers, where a configuration cannot be read
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,17 @@ class RunData:
     @property
     def seed(self) -> int:
         return cast(int, self.manifest.get("seed", 0))
+
+    @cached_property
+    def settings(self) -> dict[str, object]:
+        """Dotted key -> value of all that decides numbers but the seed: equal for repetitions of one another."""
+        from fedkeel.config import parse
+
+        try:
+            table = parse(self.config).decisive()
+        except UserError:  # of another version, or with methods that are not installed here
+            table = {key: value for key, value in self.config.items() if key not in _FREE}
+        return _flat({key: value for key, value in table.items() if key != "seed"})
 
     @property
     def planned(self) -> int | None:
@@ -237,7 +248,7 @@ def methods(runs: Sequence[RunData]) -> list[Method]:
     """
     groups: dict[tuple[str, str, str], list[RunData]] = {}
     for run in runs:
-        settings = json.dumps(_settings(run.config), sort_keys=True, default=str)
+        settings = json.dumps(run.settings, sort_keys=True, default=str)
         groups.setdefault((run.algorithm, run.label, settings), []).append(run)
     out: list[Method] = []
     for (algorithm, label, _), group in groups.items():
@@ -251,20 +262,18 @@ def methods(runs: Sequence[RunData]) -> list[Method]:
     return out
 
 
-def _settings(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Dotted key -> value, without what may differ between repetitions."""
+def _flat(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Dotted key -> value."""
     out: dict[str, object] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            out.update(_settings(cast(Mapping[str, object], value), f"{prefix}{key}."))
-        elif prefix + key not in _FREE and key != "seed":
-            out[prefix + key] = value
+    for key, value in table.items():
+        nested = isinstance(value, Mapping)
+        out |= _flat(cast(Mapping[str, object], value), f"{prefix}{key}.") if nested else {prefix + key: value}
     return out
 
 
 def _differences(run: RunData, rivals: Sequence[RunData]) -> list[str]:
     """The settings, as key=value, in which a run differs from others of the same label."""
-    mine, others = _settings(run.config), [_settings(rival.config) for rival in rivals]
+    mine, others = run.settings, [rival.settings for rival in rivals]
     keys = dict.fromkeys(key for settings in [mine, *others] for key in settings)
     return [f"{key}={mine.get(key)}" for key in keys if any(mine.get(key) != other.get(key) for other in others)]
 
