@@ -207,6 +207,21 @@ def test_words_for_sizes_and_times() -> None:
     assert [duration(s) for s in (0, 4.21, 59.97, 200, 7500)] == ["0.0 s", "4.2 s", "1m 00s", "3m 20s", "2h 05m"]
 
 
+def test_a_seed_counts_once(tmp_path: Path) -> None:
+    """The run under two names that got furthest; what was run on other data is another method."""
+    for name, seed, accuracies in (("a", 1, [0.2]), ("b", 1, [0.2, 0.4]), ("c", 2, [0.4, 0.6]), ("d", 1, [0.9])):
+        write_run(tmp_path / name, "fedavg", "FedAvg", seed, accuracies, rounds=2)
+    (same,) = methods(read_runs([tmp_path / name for name in "abc"]))
+    assert [run.folder.name for run in same.runs] == ["b", "c"]
+    (row,) = summarise(read_runs([tmp_path / "a", tmp_path / "b"]))
+    assert (row.seeds, row.std) == ((1,), None)
+    manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
+    (tmp_path / "d" / "manifest.json").write_text(json.dumps({**manifest, "data": {"fingerprint": "e" * 64}}))
+    assert [method.label for method in methods(read_runs([tmp_path / name for name in "bd"]))] == [
+        "FedAvg, data.fingerprint=dddddddddddd", "FedAvg, data.fingerprint=eeeeeeeeeeee",
+    ]  # fmt: skip
+
+
 def test_same_label_other_settings_is_another_method(tmp_path: Path) -> None:
     """Two FedAvg runs that differ in more than their seed are never averaged."""
     for at, alpha in enumerate((0.1, 0.5)):

@@ -69,14 +69,18 @@ class RunData:
 
     @cached_property
     def settings(self) -> dict[str, object]:
-        """Dotted key -> value of all that decides numbers but the seed: equal for repetitions of one another."""
+        """Dotted key -> value of all that decides numbers but the seed, with the data that there were: equal for
+        repetitions of one another."""
         from fedkeel.config import parse
 
         try:
             table = parse(self.config).decisive()
         except UserError:  # of another version, or with methods that are not installed here
             table = {key: value for key, value in self.config.items() if key not in _FREE}
-        return _flat({key: value for key, value in table.items() if key != "seed"})
+        data = self.manifest.get("data")
+        fingerprint = data.get("fingerprint") if isinstance(data, Mapping) else None
+        table = {key: value for key, value in table.items() if key != "seed"}
+        return _flat(table) | {"data.fingerprint": str(fingerprint)[:12]}
 
     @property
     def planned(self) -> int | None:
@@ -242,9 +246,9 @@ def read_run(folder: Path) -> RunData:
 def methods(runs: Sequence[RunData]) -> list[Method]:
     """Runs gathered into methods, in order of appearance, seeds in order.
 
-    Runs are repetitions of one another when label and settings agree, seed apart. Where a label alone would be
-    ambiguous, the settings that differ are added to it. A method's key is its algorithm's name, or its label's when
-    several methods share the algorithm.
+    Runs are repetitions of one another when label and settings agree, seed apart; of several with one seed that stands
+    which got furthest. Where a label alone would be ambiguous, the settings that differ are added to it. A method's key
+    is its algorithm's name, or its label's when several methods share the algorithm.
     """
     groups: dict[tuple[str, str, str], list[RunData]] = {}
     for run in runs:
@@ -258,8 +262,17 @@ def methods(runs: Sequence[RunData]) -> list[Method]:
         key = algorithm if alone else re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-") or algorithm
         taken = {method.key for method in out}
         key = next(name for name in [key, *(f"{key}-{n}" for n in range(2, len(groups) + 2))] if name not in taken)
-        out.append(Method(key, label, tuple(sorted(group, key=lambda run: run.seed))))
+        out.append(Method(key, label, tuple(_by_seed(group))))
     return out
+
+
+def _by_seed(runs: Sequence[RunData]) -> list[RunData]:
+    """One run a seed: the first of those with the most rounds. The same run twice is no repetition."""
+    found: dict[int, RunData] = {}
+    for run in runs:
+        if run.seed not in found or len(run.rounds) > len(found[run.seed].rounds):
+            found[run.seed] = run
+    return [found[seed] for seed in sorted(found)]
 
 
 def _flat(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
