@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import metadata, requires
 from pathlib import Path
 
@@ -329,6 +330,19 @@ def test_seeds_that_were_run_in_other_ways_are_one_method(config: Path, no_repor
     changed = ("workers=2", "memory=1.0", "pool.dir=elsewhere", "evaluate.local_clients=[1]")
     found = json.loads(done(*words, "--seeds", "2", *changed).stdout)
     assert [row["seeds"] for row in found["methods"].values()] == [[1, 2], [1, 2]]
+
+
+def test_a_cell_that_was_run_on_other_data_is_refused(config: Path, data: Dataset, no_report: None) -> None:
+    table = load(config) | {"rounds": 1, "evaluate": {"validation": 0.25}}
+    compare(table, ["fedavg"], [1], "out")
+    assert compare(table, ["fedavg"], [1], "out").results.keys() == {("fedavg", 1)}
+    other = replace(data, train_y=data.train_y.flip(0))
+    for specs in (["fedavg"], ["fedprox", "fedavg"]):
+        with pytest.raises(
+            CheckpointError, match=r"out/fedavg-seed1 holds a run on other data: data fingerprint \w+ there"
+        ):
+            compare(table, specs, [1], "out", data=other)
+    assert not Path("out/fedprox-seed1").exists(), "before anything runs"
 
 
 def test_a_failed_cell_does_not_stop_the_others(config: Path, data: Dataset, no_report: None) -> None:

@@ -20,6 +20,7 @@ from fedkeel.config import Config, Table, check_algorithm, override, parse, read
 from fedkeel.data.dataset import Dataset
 from fedkeel.errors import CheckpointError, ConfigError, RunError, UserError
 from fedkeel.files import write_json
+from fedkeel.job import validating
 from fedkeel.loop import Result, run
 from fedkeel.record import Listener, Record, Silent
 
@@ -75,6 +76,10 @@ def compare(
         for mark in folder.glob(f"*/{_MARK}"):
             shutil.rmtree(mark.parent)
     fresh = {cell.folder for cell in planned if not _finished(cell)}
+    if data is None:
+        data = planned[0].config.data.load()  # the same for all cells, loaded once
+    if len(fresh) < len(planned):
+        _check_data([cell.folder for cell in planned if cell.folder not in fresh], planned[0].config, data)
     if again:
         for place in fresh:
             place.mkdir(parents=True, exist_ok=True)
@@ -86,8 +91,6 @@ def compare(
             if cell.folder not in fresh:
                 results[cell.spec, cell.seed] = _read(cell.folder)
                 continue
-            if data is None:
-                data = cell.config.data.load()  # the same for all cells, loaded once
             try:
                 results[cell.spec, cell.seed] = run(
                     cell.config, data=data, folder=cell.folder, listener=listener, resume=True, label=cell.spec
@@ -170,6 +173,16 @@ def _finished(cell: Cell) -> bool:
     log = cell.folder / "rounds.jsonl"
     lines = log.read_bytes().count(b"\n") if log.is_file() else 0
     return lines >= cell.config.rounds and (cell.folder / "model.safetensors").is_file()
+
+
+def _check_data(folders: Sequence[Path], config: Config, data: Dataset) -> None:
+    """Raises CheckpointError when a run that is done was made on other data."""
+    now = validating(data, config.evaluate.validation).fingerprint
+    for folder in folders:
+        then = json.loads((folder / "manifest.json").read_text())["data"]["fingerprint"]
+        if then != now:
+            fingerprints = f"data fingerprint {then[:12]} there, {now[:12]} here"
+            raise CheckpointError(f"{folder} holds a run on other data: {fingerprints}; remove it or choose --dir")
 
 
 _OWN = ("name", "runs_dir", "runtime", "device")
