@@ -420,6 +420,15 @@ def test_weights_that_the_method_underneath_does_not_have():
     tiny.config("algorithm.name=fedprox", "balance.name=fbl", "balance.weights=trained")  # FedProx has them
 
 
+@pytest.mark.parametrize("key", ["weights=uniform", "denominator=all"])
+def test_weights_of_the_method_underneath_are_not_dropped_without_a_word(key):
+    """[balance] has its own, which hold; those that were given must be the same."""
+    name, value = key.split("=")
+    with pytest.raises(ConfigError, match=rf"algorithm\.{name} = '{value}': .* set balance\.{name} instead"):
+        tiny.config(f"algorithm.{key}", "balance.name=regl")
+    assert getattr(tiny.config(f"algorithm.{key}", "balance.name=regl", f"balance.{key}").method.inner, name) == value
+
+
 def test_the_base_of_a_method_is_no_option():
     with pytest.raises(ConfigError, match=r"balance\.base = 3"):
         tiny.config("balance.name=fbl", "balance.base=3")

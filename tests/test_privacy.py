@@ -429,7 +429,7 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch,
     [
         (("algorithm.weights=samples",), "algorithm.weights", "'uniform'"),
         (("algorithm.weights=trained",), "algorithm.weights", "'uniform'"),
-        ((UNIFORM, "balance.name=fbl", "balance.weights=samples"), "balance.weights", "'uniform'"),
+        (("balance.name=fbl", "balance.weights=samples"), "balance.weights", "'uniform'"),
         (("algorithm.name=fedamp",), "algorithm.name", "sums of updates alone"),
         (("algorithm.name=fedcac",), "algorithm.name", "sums of updates alone"),
         (("algorithm.name=fedcda",), "algorithm.name", "sums of updates alone"),

@@ -185,12 +185,21 @@ class Config:
             names = [registry.name_of("algorithms", type(thing)) for thing in (self.balance, self.algorithm)]
             raise ConfigError("balance.name", names[0], f"cannot work over {names[1]}, which balances data itself")
         if self.balance is not None:
+            self._check_weights(self.balance)
             try:
                 _ = replace(self.balance, base=self.algorithm).inner  # made here for the checks of its options
             except ConfigError as error:
                 raise ConfigError(f"balance.{error.key}", error.value, error.allowed, error.near) from None
         if self.privacy is not None or self.robust is not None:
             self._check_sums()
+
+    def _check_weights(self, balance: Over) -> None:
+        """Raises ConfigError where the algorithm was given weights that those of [balance] stand in for."""
+        for item in fields(self.algorithm):
+            mine = getattr(self.algorithm, item.name)
+            if item.name in ("weights", "denominator") and mine not in (item.default, getattr(balance, item.name)):
+                allowed = f"the weights of [balance] hold: set balance.{item.name} instead"
+                raise ConfigError(f"algorithm.{item.name}", mine, allowed)
 
     def _check_sums(self) -> None:
         """Raises ConfigError where [privacy] or [robust] cannot do what they are there for."""
