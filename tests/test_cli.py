@@ -332,6 +332,14 @@ def test_seeds_that_were_run_in_other_ways_are_one_method(config: Path, no_repor
     assert [row["seeds"] for row in found["methods"].values()] == [[1, 2], [1, 2]]
 
 
+def test_methods_are_compared_under_privacy(config: Path, no_report: None) -> None:
+    """No method with weights by size is made on the way."""
+    pytest.importorskip("dp_accounting")
+    uniform = ("methods.fedprox.weights=uniform", "methods.fedavg.weights=uniform")
+    words = ("compare", config, "--algorithms", "fedprox,fedavg", "privacy.clip=1.0", "rounds=1", *uniform)
+    assert list(json.loads(done(*words, "--json").stdout)["methods"]) == ["fedprox", "fedavg"]
+
+
 def test_a_cell_that_was_run_on_other_data_is_refused(config: Path, data: Dataset, no_report: None) -> None:
     table = load(config) | {"rounds": 1, "evaluate": {"validation": 0.25}}
     compare(table, ["fedavg"], [1], "out")

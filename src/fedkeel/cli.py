@@ -543,11 +543,11 @@ def _compare(
     afresh: bool = False,
 ) -> None:
     from fedkeel import comparison
-    from fedkeel.config import override, parse
+    from fedkeel.config import override, parse, with_method
     from fedkeel.record import Console
 
     # the first method stands for all in what is asked here: name, seed, folder
-    config = parse({**override(table, keys), "algorithm": {"name": "fedavg"}})
+    config = parse(with_method(override(table, keys), specs[0]))
     folder = folder or config.folder
     with _stoppable(again):
         done = comparison.compare(
