@@ -530,6 +530,22 @@ def test_a_contact_sheet_is_of_images_that_are_there(config: Path, data: Dataset
     assert (sheet["real"][2, 1] == data.train_x[2 + 4]).all()
 
 
+def test_a_contact_sheet_of_samples_that_clients_hold_in_common(config: Path, data: Dataset) -> None:
+    """Three images of a class, held by all four clients: twelve on their count, three to show."""
+    from safetensors.torch import load_file
+
+    from fedkeel.job import Job
+
+    rows = [row for row, label in enumerate(data.train_y.tolist()) if label or row < 12]
+    few = replace(data, train_x=data.train_x[rows], train_y=data.train_y[rows])
+    shared = ("partition.name=global_share", "partition.share=1.0", "partition.min_size=1")
+    job = Job(fedkeel.read(config, ["algorithm.name=regl", "algorithm.volume=8", *shared]), few)
+    assert job.counts.sum(0)[0] == 12
+    job.generate()
+    assert contact.write_sheet(job, Path("sheet.safetensors"))
+    assert load_file("sheet.safetensors")["real"].shape == (4, 3, 1, 16, 16)
+
+
 def test_doctor_speaks_of_declared_extras_only() -> None:
     declared = metadata("fedkeel").get_all("Provides-Extra") or []
     assert EXTRAS.keys() <= set(declared)

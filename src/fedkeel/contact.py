@@ -24,7 +24,8 @@ def write_sheet(job: Job, path: Path) -> bool:
     The synthetic ones are those of the pool: nothing is generated for the sheet. n is the same for all classes.
     """
     fakes = job.plan.fake  # [K, C]
-    each = min(EACH, int(fakes.amax(0).min()), int(job.counts.sum(0).min()))
+    there = job.data.train_y.bincount(minlength=fakes.shape[1])  # clients may hold the same samples
+    each = min(EACH, int(fakes.amax(0).min()), int(job.counts.sum(0).min()), int(there.min()))
     if each == 0:
         return False
     owners = [int(fakes[:, label].argmax()) for label in range(fakes.shape[1])]
