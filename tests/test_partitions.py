@@ -259,6 +259,29 @@ def test_manifest_damaged(data: Dataset, tmp_path: Path) -> None:
             manifest.load(path)
 
 
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ([[0, 1], [2, 3]], "made for 2 clients, there are 3"),
+        ([[0, 1], [2, 3], [4, 24]], "client 2 has rows 4 to 24, there are 24"),
+        ([[0, 1], [-1, 3], [4]], "client 1 has rows -1 to 3"),
+        ([[0, 1], [2], [5, 4]], "client 2 must ascend, each of them once"),
+        ([[0, 0], [2], [4]], "client 0 must ascend, each of them once"),
+        ([[0], [1.0], [2]], "client 1 has row numbers of torch.float32"),
+        ([[True], [1], [2]], "client 0 has row numbers of torch.bool"),
+        ([[0], [], [2]], "client 1 has no samples"),
+        ([[0], [[1]], [2]], r"client 1 must have its row numbers in a tensor of shape \[n\]"),
+    ],
+)
+def test_a_partition_from_elsewhere_is_checked(
+    parts: list[list[float]], said: str, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(IID, "split", lambda *_: [torch.tensor(rows) for rows in parts])
+    few = dataclasses.replace(data, train_x=data.train_x[:24], train_y=data.train_y[:24])
+    with pytest.raises(PartitionError, match=f"partition 'iid': .*{said}"):
+        manifest.make(IID(), few, 3, Streams(1))
+
+
 def test_rows_of_many_clients_are_one_tensor() -> None:
     """The same rows as tensors of their own; those that several clients share are there once."""
     shared, own, nothing = torch.tensor([1, 4, 7]), torch.tensor([2]), torch.empty(0, dtype=torch.int64)

@@ -89,13 +89,28 @@ def make(partitioner: Partitioner, dataset: Dataset, clients: int, streams: Stre
     """Splits the train images among `clients` with the stream "partition". Raises PartitionError."""
     classes = len(dataset.classes)
     parts = partitioner.split(dataset.train_y, clients, classes, streams.numpy("partition"))
-    parts = parts if isinstance(parts, Rows) else Rows.of(parts)
     name, chosen = _named(partitioner)
-    for k, rows in enumerate(parts):
-        if len(rows) == 0:  # a partitioner from elsewhere may have let it through
-            raise EmptyClient(f"partition {name!r}: client {k} has no samples")
+    _check(parts, clients, len(dataset.train_y), f"partition {name!r}")
+    parts = parts if isinstance(parts, Rows) else Rows.of(parts)
     counts = counted(parts, dataset.train_y, classes)
     return Partition(name, chosen, streams.seed, dataset.fingerprint, parts, counts)
+
+
+def _check(parts: Sequence[Tensor], clients: int, total: int, where: str) -> None:
+    """Raises PartitionError, naming the client, for what a partitioner from elsewhere may have let through."""
+    if len(parts) != clients:
+        raise PartitionError(f"{where}: made for {len(parts)} clients, there are {clients}")
+    for k, rows in enumerate(parts):
+        if not isinstance(rows, Tensor) or rows.dim() != 1:
+            raise PartitionError(f"{where}: client {k} must have its row numbers in a tensor of shape [n]")
+        if len(rows) == 0:
+            raise EmptyClient(f"{where}: client {k} has no samples")
+        if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
+            raise PartitionError(f"{where}: client {k} has row numbers of {rows.dtype}, must be whole numbers")
+        if not bool((rows[1:] > rows[:-1]).all()):
+            raise PartitionError(f"{where}: the row numbers of client {k} must ascend, each of them once")
+        if int(rows[0]) < 0 or int(rows[-1]) >= total:
+            raise PartitionError(f"{where}: client {k} has rows {int(rows[0])} to {int(rows[-1])}, there are {total}")
 
 
 def counted(clients: Sequence[Tensor], labels: Tensor, classes: int) -> Tensor:
