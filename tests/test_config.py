@@ -441,6 +441,20 @@ def test_profiles_that_overlap():
     assert (full.none, full.unconstrained) == (0.5, 0.5)
 
 
+def test_a_share_of_clients_or_a_list_of_them():
+    for group in ("unconstrained", "none"):
+        with pytest.raises(ConfigError, match=rf"profiles\.{group}_ids = \[1\]: cannot go with {group} = 0\.25: give"):
+            tiny.config(f"profiles.{group}=0.25", f"profiles.{group}_ids=[1]")
+    assert tiny.config("profiles.none=0.25", "profiles.unconstrained_ids=[1]").profiles.none == 0.25
+    table = {"profiles": {"unconstrained_ids": [1, 2]}}
+    for spec in ("fbl(25%)", "fbl(0%)"):
+        with pytest.raises(
+            ConfigError, match=r"profiles\.unconstrained_ids = \[1, 2\]: cannot go with fbl\(\d+%\): give"
+        ):
+            with_method(table, spec)
+    assert parse(with_method(table, "fbl")).profiles.unconstrained_ids == (1, 2)
+
+
 def test_files(tmp_path):
     (tmp_path / "trial.toml").write_text("rounds = 3\n[local]\nlr = 0.5\n")
     config = read(tmp_path / "trial.toml", ["local.lr=0.25"])

@@ -53,6 +53,13 @@ class Profiles:
     def __post_init__(self) -> None:
         if self.unconstrained + self.none > 1:
             raise ConfigError("none", self.none, f"must be at most {1 - self.unconstrained:g}: the two shares overlap")
+        for group, share, ids in (
+            ("unconstrained", self.unconstrained, self.unconstrained_ids),
+            ("none", self.none, self.none_ids),
+        ):
+            if share and ids:
+                allowed = f"cannot go with {group} = {share:g}: give a share or list clients"
+                raise ConfigError(f"{group}_ids", list(ids), allowed)
         both = sorted(set(self.unconstrained_ids) & set(self.none_ids))
         if both:
             raise ConfigError("none_ids", both, "these clients are listed as unconstrained too")
@@ -390,6 +397,9 @@ def with_method(table: Table, spec: str) -> dict[str, object]:
         profiles = out.get("profiles", {})
         if not isinstance(profiles, dict):
             raise ConfigError("profiles", profiles, "must be a table of keys")
+        if profiles.get("unconstrained_ids"):  # those listed would stand, and the share would mean nothing
+            allowed = f"cannot go with {spec}: give a share or list clients"
+            raise ConfigError("profiles.unconstrained_ids", profiles["unconstrained_ids"], allowed)
         out["profiles"] = {**profiles, "unconstrained": float(percent) / 100}
     return out
 

@@ -639,9 +639,9 @@ def assign(profiles: Profiles, clients: int, streams: Streams) -> list[str]:
     order = torch.randperm(clients, generator=streams("profile")).tolist()
     free, none = set(profiles.unconstrained_ids), set(profiles.none_ids)
     rest = [client for client in order if client not in free | none]
-    free |= set(rest[: 0 if free else int(profiles.unconstrained * clients + 0.5)])
+    free |= set(rest[: int(profiles.unconstrained * clients + 0.5)])  # a share of 0 where they are listed
     rest = [client for client in reversed(order) if client not in free | none]
-    none |= set(rest[: 0 if none else int(profiles.none * clients + 0.5)])
+    none |= set(rest[: int(profiles.none * clients + 0.5)])
     return ["unconstrained" if k in free else "none" if k in none else "constrained" for k in range(clients)]
 
 
