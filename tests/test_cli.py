@@ -340,6 +340,19 @@ def test_methods_are_compared_under_privacy(config: Path, no_report: None) -> No
     assert list(json.loads(done(*words, "--json").stdout)["methods"]) == ["fedprox", "fedavg"]
 
 
+def test_a_run_and_a_comparison_do_not_share_a_folder(config: Path, no_report: None) -> None:
+    """Either would hide the other: both are runs/exp unless they are told otherwise."""
+    run, compare = ("run", config, "rounds=1"), ("compare", config, "--algorithms", "fedavg", "rounds=1")
+    done(*run)
+    refused = fedkeel_(*compare)
+    assert refused.exit_code == 2 and "runs/exp holds a run" in refused.stderr and "--dir" in refused.stderr
+    done(*compare, "name=both")
+    refused = fedkeel_(*run, "name=both")
+    assert refused.exit_code == 2 and "name = 'both': runs/both holds a comparison" in refused.stderr
+    assert not Path("runs/exp/fedavg-seed1").exists() and not Path("runs/both/config.toml").exists()
+    done(*compare, "name=both")
+
+
 def test_a_cell_that_was_run_on_other_data_is_refused(config: Path, data: Dataset, no_report: None) -> None:
     table = load(config) | {"rounds": 1, "evaluate": {"validation": 0.25}}
     compare(table, ["fedavg"], [1], "out")

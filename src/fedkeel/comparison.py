@@ -72,6 +72,8 @@ def compare(
     """
     folder, listener = Path(folder), _Held(listener or Silent())
     planned = cells(table, specs, seeds, folder, overrides)
+    if (folder / "config.toml").is_file():
+        raise CheckpointError(f"{folder} holds a run, whose report would be replaced: choose --dir, or another name")
     if again:
         for mark in folder.glob(f"*/{_MARK}"):
             shutil.rmtree(mark.parent)

@@ -78,6 +78,8 @@ def run(
         return _rounds(Job(config, data, None, holdings), None, listener or Silent(), label, False, engine)
     if not resume and (folder / "config.toml").exists():
         raise ConfigError("name", folder.name, f"{folder} holds a run: resume it, or choose another name")
+    if not resume and any(folder.glob("*/config.toml")):
+        raise ConfigError("name", folder.name, f"{folder} holds a comparison, or other runs: choose another name")
     with _locked(folder):
         for left in folder.rglob("*.partial"):  # by a process that was killed
             left.unlink(missing_ok=True)
