@@ -260,6 +260,25 @@ def test_columns_by_type_and_by_name(tmp_path: Path) -> None:
         Parquet(dir=str(tmp_path), label="fine", image="coarse").load()
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"info": {"features": {"image": {"_type": "Image"}, "objects": [{"_type": "ClassLabel"}]}}},
+        {"info": {"features": [1]}},
+        {"info": {}},
+        {"info": None},
+        {},
+        [],
+    ],
+)
+def test_features_that_are_not_words_are_passed_over(metadata: object, folder: Path) -> None:
+    """As `datasets` writes a column of lists, and tables of other makers."""
+    for file in folder.glob("*.parquet"):
+        table = pq.read_table(file).append_column("objects", pa.array([[{"box": 1}]] * pq.read_metadata(file).num_rows))
+        pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(metadata)}), file)
+    assert Parquet(dir=str(folder)).load().classes == ("0", "1", "2")
+
+
 def test_missing_and_damaged_files(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         Parquet(dir=str(tmp_path / "nowhere")).load()

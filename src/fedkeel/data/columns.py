@@ -108,8 +108,16 @@ def class_names(table: Table, label: str, labels: Rows) -> tuple[str, ...]:
 def embedded_features(schema: pa.Schema) -> Features:
     """The features that `datasets` writes into the metadata of a parquet file; {} without any."""
     text = (schema.metadata or {}).get(b"huggingface")
-    found: Features = json.loads(text)["info"]["features"] if text else {}
-    return found
+    found = json.loads(text) if text else {}
+    for key in ("info", "features"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return described(found)
+
+
+def described(features: object) -> Features:
+    """Those of the features that are tables of words; a column of lists has a list, and says nothing that is read."""
+    found = features.items() if isinstance(features, Mapping) else ()
+    return {name: feature for name, feature in found if isinstance(feature, Mapping)}
 
 
 def _find(table: Table, given: str | None, what: str, fits: Callable[[pa.DataType], bool]) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedkeel import registry
-from fedkeel.data.columns import Block, Table, class_names, embedded_features, find_image, find_label
+from fedkeel.data.columns import Block, Table, class_names, described, embedded_features, find_image, find_label
 from fedkeel.data.dataset import Dataset
 from fedkeel.data.pictures import Raw, Rows, Source, Split, assembled, checked
 from fedkeel.errors import ConfigError, DataError
@@ -159,7 +159,7 @@ class Hub(Tabular):
             Block(f"{self.id}, split {split}", start, min(step, len(data) - start), _rows_of(data, start, step))
             for start in range(0, len(data), step)
         )
-        return Table(f"{self.id}, split {split}", data.data.schema, data.features.to_dict(), blocks, Path())
+        return Table(f"{self.id}, split {split}", data.data.schema, described(data.features.to_dict()), blocks, Path())
 
     @cached_property
     def _splits(self) -> Mapping[str, Any]:
