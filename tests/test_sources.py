@@ -388,12 +388,29 @@ def test_arrays_layouts(shape: tuple[int, ...], out: tuple[int, ...], torch_tens
         (np.zeros((2, 5, 5), np.uint8), [0.0, 1.0], "whole numbers"),
         (np.zeros((0, 5, 5), np.uint8), np.zeros(0, int), "no pictures"),
         (np.zeros((2, 6, 5), np.uint8), [0, 1], "those of train are 1x5x5"),
+        (np.zeros((2, 5, 5), np.uint8), ["a", "b"], "test: labels must be an array of numbers"),
+        (np.zeros((2, 5, 5), np.uint8), np.array([0, 1], object), "test: labels must be an array of numbers"),
+        (np.zeros((2, 5, 5), object), [0, 1], "test: images must be an array of numbers"),
+        (np.zeros((2, 0, 0), np.uint8), [0, 1], r"test: images of shape \(2, 1, 0, 0\)"),
     ],
 )
 def test_arrays_refuses(x: np.ndarray, y: list[int], message: str) -> None:
     good = (np.zeros((2, 5, 5), np.uint8), np.array([0, 1]))
     with pytest.raises(DataError, match=message):
         arrays(train=good, test=(x, np.array(y)), classes=["a", "b"])
+
+
+def test_arrays_of_classes_named_twice() -> None:
+    good = (np.zeros((2, 5, 5), np.uint8), np.array([0, 1]))
+    with pytest.raises(DataError, match="classes: 'a' is named twice"):
+        arrays(train=good, test=good, classes=["b", "a", "a"])
+
+
+def test_arrays_that_are_flipped_views() -> None:
+    x, y = pictures(4), np.array([0, 1, 1, 0])
+    data = arrays(train=(x[:, :, ::-1], y[::-1]), test=(x[::-1], y))
+    assert torch.equal(data.train_x, torch.from_numpy(x).permute(0, 3, 1, 2).flip(3))
+    assert torch.equal(data.test_x, torch.from_numpy(x).permute(0, 3, 1, 2).flip(0))
 
 
 def test_resolve() -> None:

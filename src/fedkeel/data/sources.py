@@ -225,6 +225,9 @@ def arrays(
     train_x, train_y = _images(train[0], "train"), _labels(train[1], "train")
     test_x, test_y = _images(test[0], "test"), _labels(test[1], "test")
     names = tuple(classes) if classes is not None else tuple(str(i) for i in range(int(train_y.max(initial=0)) + 1))
+    doubled = next((word for at, word in enumerate(names) if word in names[:at]), None)
+    if doubled is not None:
+        raise DataError(f"classes: {doubled!r} is named twice")
     for split, x, y in (("train", train_x, train_y), ("test", test_x, test_y)):
         if len(x) != len(y):
             raise DataError(f"{split}: {len(x)} images but {len(y)} labels")
@@ -331,13 +334,24 @@ def _rows_of(data: Any, start: int, step: int) -> Any:
     return lambda name: data.select_columns([name])[start : start + step].column(name)
 
 
+def _tensor(values: Array, split: str, what: str) -> Tensor:
+    """The numbers of an array, in its memory where it can be. Raises DataError for an array of anything else."""
+    if isinstance(values, Tensor):
+        return values.detach().cpu()
+    try:
+        array = np.asarray(values)
+        return torch.as_tensor(array.copy() if min(array.strides, default=0) < 0 else array)  # a flipped view
+    except (TypeError, ValueError) as error:  # words, objects, rows of unequal length
+        raise DataError(f"{split}: {what} must be an array of numbers ({error})") from None
+
+
 def _images(values: Array, split: str) -> Tensor:
-    x = torch.as_tensor(values).detach().cpu()
+    x = _tensor(values, split, "images")
     if x.dtype != torch.uint8:
         raise DataError(f"{split}: images must be uint8 in 0..255, not {str(x.dtype).removeprefix('torch.')}")
     if x.dim() == 3:
         x = x[:, None]
-    if x.dim() != 4 or not {x.shape[1], x.shape[3]} & {1, 3}:
+    if x.dim() != 4 or 0 in x.shape[1:] or not {x.shape[1], x.shape[3]} & {1, 3}:
         raise DataError(
             f"{split}: images of shape {tuple(x.shape)}; [N, H, W], [N, C, H, W] or [N, H, W, C] with 1 or 3 channels"
         )
@@ -345,7 +359,7 @@ def _images(values: Array, split: str) -> Tensor:
 
 
 def _labels(values: Array, split: str) -> Rows:
-    y = torch.as_tensor(values).detach().cpu()
+    y = _tensor(values, split, "labels")
     if y.dim() != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise DataError(f"{split}: labels must be whole numbers of shape [N], not {y.dtype} of shape {tuple(y.shape)}")
     return y.numpy().astype(np.int64)
