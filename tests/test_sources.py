@@ -260,6 +260,20 @@ def test_columns_by_type_and_by_name(tmp_path: Path) -> None:
         Parquet(dir=str(tmp_path), label="fine", image="coarse").load()
 
 
+@pytest.mark.parametrize("name", ["label", "labels"])
+def test_numbers_of_another_kind_are_not_taken_for_labels(name: str, tmp_path: Path) -> None:
+    """COCO's number of an image beside labels in words."""
+    image = pa.array([{"bytes": encoded(i), "path": None} for i in pictures(3)])
+    table = pa.table({"image": image, name: ["cat", "dog", "cat"], "image_id": [581929, 7, 9], "breed": [0, 1, 0]})
+    for split in ("train", "test"):
+        pq.write_table(table, tmp_path / f"{split}.parquet")
+    with pytest.raises(DataError, match=rf"column '{name}' is string.* set data\.label to .*: image_id, breed"):
+        Parquet(dir=str(tmp_path)).load()
+    with pytest.raises(DataError, match=r"column 'image_id' has numbers up to 581929 in 3 rows.* set data\.label"):
+        Parquet(dir=str(tmp_path), label="image_id").load()
+    assert Parquet(dir=str(tmp_path), label="breed").load().classes == ("0", "1")
+
+
 @pytest.mark.parametrize(
     "metadata",
     [

@@ -94,8 +94,18 @@ def find_image(table: Table, given: str | None) -> str:
 
 
 def find_label(table: Table, given: str | None) -> str:
-    """The name of the label column: `given`, else the only ClassLabel, else the only integers. Raises DataError."""
+    """The name of the label column: `given`, else the only ClassLabel, else the only integers.
+
+    Raises DataError, also where labels by their name are no integers: others are something else.
+    """
     named = [name for name in table.schema.names if table.features.get(name, {}).get("_type") == "ClassLabel"]
+    if given is None and len(named) != 1:
+        fields = {name: table.schema.field(name).type for name in table.schema.names}
+        for name in ("label", "labels"):
+            if name in fields and not _is_integer(fields[name]):
+                others = ", ".join(other for other, kind in fields.items() if _is_integer(kind)) or "there is none"
+                problem = f"column {name!r} is {fields[name]}, labels must be whole numbers"
+                raise DataError(f"{table.where}: {problem}; set data.label to a column of them: {others}")
     return _find(table, given or (named[0] if len(named) == 1 else None), "label", _is_integer)
 
 
@@ -103,6 +113,15 @@ def class_names(table: Table, label: str, labels: Rows) -> tuple[str, ...]:
     """The names of the classes; "0", "1", ... up to the largest label when the table has none."""
     names = table.features.get(label, {}).get("names")
     return tuple(names) if names else tuple(str(i) for i in range(int(labels.max(initial=0)) + 1))
+
+
+def check_numbers(table: Table, label: str, labels: Rows) -> None:
+    """Raises DataError for labels without names that exceed the number of rows of a whole data set: those are no
+    classes but numbers of something else."""
+    largest = int(labels.max(initial=0))
+    if not table.features.get(label, {}).get("names") and largest > len(labels):
+        problem = f"column {label!r} has numbers up to {largest} in {len(labels)} rows, which are no classes"
+        raise DataError(f"{table.where}: {problem}; set data.label to the column of the labels")
 
 
 def embedded_features(schema: pa.Schema) -> Features:

@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 
 from fedkeel import registry
-from fedkeel.data.columns import Block, Table, class_names, described, embedded_features, find_image, find_label
+from fedkeel.data.columns import (
+    Block,
+    Table,
+    check_numbers,
+    class_names,
+    described,
+    embedded_features,
+    find_image,
+    find_label,
+)
 from fedkeel.data.dataset import Dataset
 from fedkeel.data.pictures import Raw, Rows, Source, Split, assembled, checked
 from fedkeel.errors import ConfigError, DataError
@@ -62,6 +71,7 @@ class Tabular(Source):
         labels = table.labels(label)
         if labels is None:
             raise DataError(f"{table.where}: no row has a label")
+        check_numbers(table, label, labels)
         classes = class_names(table, label, labels)
         return Raw(self.title(), classes, table.split(labels, image), self._test(image, label, classes))
 
