@@ -46,6 +46,12 @@ def test_a_protocol_has_all_its_methods(file, spec):
     assert config.local.epochs == (5 if file == "regl" else 10)
 
 
+@pytest.mark.parametrize("file", ["fbl", "fbl-conventional", "regl", "reduced-fbl", "reduced-regl"])
+def test_the_headline_of_a_protocol_is_of_the_last_rounds(file):
+    """F-25: of the last ten evaluations, which are the last ten rounds where each is evaluated."""
+    assert load(FOLDER / f"{file}.toml").get("evaluate", {}).get("every", 1) == 1
+
+
 def test_the_two_optimisers_of_fbl_differ_in_nothing_else():
     printed, conventional = (load(FOLDER / f"{name}.toml") for name in ("fbl", "fbl-conventional"))
     assert (printed["local"]["lr"], printed["local"]["momentum"]) == (1e-3, 1e-4)

@@ -69,7 +69,12 @@ class Profiles:
 class Evaluation:
     """What is measured and when: the section [evaluate]."""
 
-    every: int = option(1, "rounds between evaluations of the global model (the last round is always evaluated)", ge=1)
+    every: int = option(
+        1,
+        "rounds between evaluations of the global model (the last round is always evaluated); above 1 the headline, "
+        "the mean over the last 10 evaluations, is of more than the last 10 rounds and another number",
+        ge=1,
+    )
     local_every: int = option(0, "rounds between evaluations of clients before and after training; 0 = never", ge=0)
     local_rounds: tuple[int, ...] = option(
         (), "rounds in which every client's accuracy per class before and after training is kept (ReGL, Fig. 7)", ge=1

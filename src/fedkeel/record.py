@@ -16,7 +16,8 @@ from fedkeel.files import write
 Record = Mapping[str, Any]
 
 TAIL = 10
-"""The headline of a run is the mean over this many last evaluations."""
+"""The headline of a run is the mean over this many last evaluations (of rounds further back where not each round is
+evaluated)."""
 _SO_FAR = ("personal/accuracy_best", "personal/evaluations", "privacy/")
 """Metrics that look back over all rounds so far: their headline is the last value."""
 
