@@ -56,7 +56,7 @@ NETS = {
     "batch": ("model.name=cnn", "model.width=2", "model.hidden=6", "model.norm=batch"),
     "group": ("model.name=cnn", "model.width=2", "model.hidden=6", "model.norm=group", "model.groups=2"),
 }
-SKEWED = ("partition.name=dirichlet", "partition.alpha=0.3", "partition.min_size=4")
+SKEWED = ('partition={name="dirichlet",alpha=0.3,min_size=4}',)  # a section as a whole goes before the names of tests
 
 
 class NotApplicable(Exception):
