@@ -53,8 +53,8 @@ SMALL: dict[str, tuple[str, ...]] = {
 }
 """Options that make a method small enough; all others are as the method has them."""
 NETS = {
-    "batch": ("model.name=cnn", "model.width=2", "model.hidden=6", "model.norm=batch"),
-    "group": ("model.name=cnn", "model.width=2", "model.hidden=6", "model.norm=group", "model.groups=2"),
+    "batch": ('model={name="cnn",width=2,hidden=6,norm="batch"}',),
+    "group": ('model={name="cnn",width=2,hidden=6,norm="group",groups=2}',),
 }
 SKEWED = ('partition={name="dirichlet",alpha=0.3,min_size=4}',)  # a section as a whole goes before the names of tests
 

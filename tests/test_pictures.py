@@ -77,6 +77,7 @@ def made(cell: Cell, accuracy: float) -> Outcome:
         "headline": {"global/accuracy": accuracy},
         "departures": [],
         "generator": None,
+        "data": {"name": "tiny", "fingerprint": "of the images"},
         "versions": {},
         "commit": "",
         "hardware": {"processor": "A processor", "gpu": None},

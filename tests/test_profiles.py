@@ -346,7 +346,7 @@ def test_a_disk_that_fills_while_the_pool_grows(
 ) -> None:
     """What is there stays, and the next call goes on from it."""
     config = tiny.config("algorithm.name=regl", "algorithm.volume=5", f"pool.dir={tmp_path}", table=two)
-    job, sync, left = Job(config, data), os.fsync, [3]
+    job, sync, left = Job(config, data), os.fsync, [6]  # two for each part: the file and its folder
     job.images.pool.batch = 16
 
     def full(file: int) -> None:

@@ -131,7 +131,7 @@ def rounds(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("method", "overrides", "net"),
     [
-        ("scaffold", ("local.optimiser=keep", "local.momentum=0.9"), "batch"),
+        ("scaffold", ("algorithm.variate=gradient", "local.optimiser=keep", "local.momentum=0.9"), "batch"),
         ("fedrep", ("evaluate.local_every=2", "participation=0.75", "personal.every=2"), "batch"),
         ("fedamp", (), "batch"),
         ("scaffold", PRIVATE, "group"),
@@ -266,7 +266,8 @@ def test_all_usual_replies_find_room(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError(f"no room for {tensor.shape}")
 
     monkeypatch.setattr(Box, "of", staticmethod(refused))
-    assert not forked(config("scaffold", "local.optimiser=keep", "local.momentum=0.9")).rounds[-1]["failed"]
+    kept = ("algorithm.variate=gradient", "local.optimiser=keep", "local.momentum=0.9")
+    assert not forked(config("scaffold", *kept)).rounds[-1]["failed"]
 
 
 DTYPES = (
