@@ -109,6 +109,8 @@ def test_words_of_a_difference(judged: ModuleType) -> None:
 def test_a_claim_may_turn_at_the_end_of_the_runs(judged: ModuleType) -> None:
     claim = judged.Claim("FBL", "x", "y", [part(judged, SEEN, end=AGAINST)])
     assert claim.verdict() == "holds" and claim.verdict("end") == "does not hold"
+    figure = judged.Claim("FBL", "x", "y", [part(judged, SEEN)])
+    assert figure.verdict("end") == "not run yet", "figures are measured once, after the last round"
 
 
 def test_differences_are_taken_seed_by_seed(judged: ModuleType, numbers: Numbers) -> None:

@@ -122,7 +122,7 @@ class Claim:
         found = [part.verdict(reading) for part in self.parts]
         judged = [each for each in found if each != "missing"]
         if not judged:
-            return "one seed, not judged" if any(part.values() for part in self.parts) else "not run yet"
+            return "one seed, not judged" if any(part.values(reading) for part in self.parts) else "not run yet"
         run = all(len(part.values()) >= SEEDS for part in self.parts)
         more = "" if run else ", as far as it was run"
         seen = judged.count("seen")
