@@ -26,8 +26,6 @@ AGAIN = 60.0
 """Seconds until a node that was refused is asked again."""
 AT_ONCE = 8
 """Messages handed to the post together."""
-MOST = 2**53
-"""Above any number of samples: larger ones are no exact floats."""
 
 Say = Callable[[str], None]
 
@@ -255,7 +253,7 @@ class Roster:
         if failure := facts.get("failure"):
             raise Malformed(f"{who}: {wire.said(failure, 'failure')}")
         samples, partition = facts.get("samples"), facts.get("partition")
-        counted = type(samples) is int and 0 <= samples < MOST
+        counted = type(samples) is int and 0 <= samples < wire.HEAVIEST  # it becomes a weight
         if not known or not counted or not isinstance(partition, str) or answer.tensors:
             raise Malformed(f"{who}: its answer is no answer")
         assert isinstance(number, int) and isinstance(samples, int)
