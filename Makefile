@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "name another one: make setup PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt hatchling editables
-	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev,docs,diffusion,flower,ray,dp]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev,docs,diffusion,flower,ray,dp,track]'
 	@touch $@
 
 demo: setup

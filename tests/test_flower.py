@@ -772,6 +772,37 @@ def test_an_absent_site_is_waited_for_once(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("going on without client c") == 1
 
 
+def test_a_site_that_joins_late_counts_among_all(tmp_path, monkeypatch):
+    """Under denominator = "all" the step is that part of all samples that took part: never more than all, and a site
+    that was there once counts after a resume too."""
+    cfg = sited(tmp_path, 'algorithm.denominator="all"', "rounds=3", method="fedavg")
+    grid, parts, part_of_all = site_grid(tmp_path), [], Algorithm.part_of_all
+    late = grid.nodes.pop(102)
+
+    def noted(self, server, total):
+        parts.append((total, server.samples))
+        return part_of_all(self, server, total)
+
+    def listing():
+        if parts:
+            grid.nodes.setdefault(102, late)
+
+    def gone(action, message, answer):
+        if action == "train.fit" and len(parts) == 2:
+            raise KeyboardInterrupt
+        return answer()
+
+    monkeypatch.setattr(Algorithm, "part_of_all", noted)
+    grid.listing, grid.change[100] = listing, gone
+    with pytest.raises(KeyboardInterrupt):
+        loopback.federate(grid, cfg)
+    grid.listing = lambda: grid.nodes.pop(102, None)
+    del grid.change[100]
+    loopback.federate(grid, cfg, resume=True)
+    whole = len(tiny.data().train_y)
+    assert parts == [(whole, whole), (whole + 20, whole + 20), (whole, whole + 20)]
+
+
 def test_sites_keep_their_order_when_a_run_is_resumed(tmp_path):
     """The number stands for the place, and each node has its own client's state only."""
     cfg = sited(tmp_path, "rounds=1")

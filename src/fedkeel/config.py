@@ -150,7 +150,7 @@ class Config:
         gt=0,
     )
     tensorboard: bool = option(False, "write TensorBoard events beside rounds.jsonl (extra `track`)")
-    mlflow: str = option("", "MLflow tracking address or folder; empty = none (extra `track`)")
+    mlflow: str = option("", "MLflow tracking address, as http://localhost:5000; empty = none (extra `track`)")
     data: Any
     partition: Partitioner
     model: Model

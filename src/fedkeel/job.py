@@ -147,13 +147,14 @@ class Holdings:
 
     data: as clients see them, noise included; its train images are those that this process holds. partition: rows of
     these, none for a client whose samples are elsewhere; `counts` may know of those too. samples: where they come from,
-    None = from `data`. total: how many samples all clients have together, None = as many as `counts` says.
+    None = from `data`. total: how many samples all clients have together as far as is known by now, None = as many as
+    `counts` says.
     """
 
     data: Dataset
     partition: Partition
     samples: Callable[[int], Samples] | None = None
-    total: int | None = None
+    total: Callable[[], int] | None = None
 
 
 class Job:
@@ -322,10 +323,18 @@ class Job:
         """What the server sends to this client alone."""
         return self.method.mail(replace(server, lab=self.lab(server.round)), client)
 
+    @property
+    def total(self) -> int:
+        """Samples of all clients together; of sites, of those that have joined by now."""
+        return self._counted if self._total is None else self._total()
+
+    @cached_property
+    def _counted(self) -> int:
+        return int(self.counts.sum())
+
     def first_server(self) -> Server:
         """The server before the first round."""
-        total = int(self.counts.sum()) if self._total is None else self._total
-        return self.worker.first_server(self.clients, total)
+        return self.worker.first_server(self.clients, self.total)
 
     def cohort(self, number: int) -> list[int]:
         """The clients of round `number` (from 0), ascending."""

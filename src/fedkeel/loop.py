@@ -122,7 +122,6 @@ def _rounds(
             for text in found.warnings:
                 listener.warned(text)
         records = log.rewind(server.round)
-        describe(job, folder, label, engine, resume)
         spent = _table(folder / "generators.json") if resume else {}
         if accountant is not None and resume:
             released = _table(folder / "released.json").items()
@@ -131,6 +130,7 @@ def _rounds(
         listener.warned(text)
     with closing(engine.start(job)) as runtime, _told(listener, label, config.rounds, server.round):
         if folder is not None:  # all is known to be right: from here on it holds a run
+            describe(job, folder, label, engine, resume)
             write(folder / "config.toml", config.toml().encode())
         seconds = 0.0
         if server.round < config.rounds:
@@ -195,7 +195,7 @@ def one_round(job: Job, runtime: Runtime, server: Server, accepted: dict[int, in
     if round_.wait():
         lab = job.lab(number)
         with isolated(lab.streams("layers")):  # a method may train on the server
-            after = job.method.aggregate(replace(server, lab=lab), round_)
+            after = job.method.aggregate(replace(server, lab=lab, samples=job.total), round_)
     round_.drain()
     _enough(config, number, round_)
     if set(after.shared) != set(server.shared):
@@ -522,10 +522,10 @@ def _own(layout: Layout) -> set[str]:
 
 def _trackers(config: Config, folder: Path, listener: Listener | None) -> Listener:
     listeners: list[Listener] = [listener or Silent()]
+    if config.mlflow:  # first: it may refuse, and then nothing is written
+        listeners.append(MLflow(config, folder, listeners[0].warned))
     if config.tensorboard:
         listeners.append(TensorBoard(folder))
-    if config.mlflow:
-        listeners.append(MLflow(config.mlflow, config.name))
     return Several(*listeners)
 
 

@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from fedkeel.errors import CheckpointError, MissingExtra, StorageError
-from fedkeel.files import write
+from fedkeel.errors import CheckpointError, ConfigError, MissingExtra, StorageError
+from fedkeel.files import write, write_json
+
+if TYPE_CHECKING:
+    from fedkeel.config import Config
 
 Record = Mapping[str, Any]
 
 TAIL = 10
 """The headline of a run is the mean over this many last evaluations (of rounds further back where not each round is
 evaluated)."""
+EXPERIMENT = "fedkeel"
+"""Under which MLflow lists our runs."""
 _SO_FAR = ("personal/accuracy_best", "personal/evaluations", "privacy/")
 """Metrics that look back over all rounds so far: their headline is the last value."""
 
@@ -161,9 +168,12 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise MissingExtra("tensorboard = true", "track") from None
-        self.writer: Any = SummaryWriter(str(folder / "tensorboard"))
+        self.begin: Callable[..., Any] = partial(SummaryWriter, str(folder / "tensorboard"))
+        self.writer: Any = None
 
-    def started(self, label: str, rounds: int, done: int) -> None: ...
+    def started(self, label: str, rounds: int, done: int) -> None:
+        self.writer = self.begin(purge_step=done + 1)  # what a stopped run wrote after its checkpoint goes
+
     def generating(self, done: int, total: int) -> None: ...
     def tuning(self, client: int, done: int, total: int) -> None: ...
     def warned(self, text: str) -> None: ...
@@ -173,33 +183,77 @@ class TensorBoard:
             self.writer.add_scalar(name, value, record["round"])
 
     def ended(self) -> None:
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
 
 
 class MLflow:
-    """Metrics for MLflow, at the tracking address the user gave; nothing is sent elsewhere."""
+    """Metrics and configuration for MLflow, at the tracking address the user gave; nothing is sent elsewhere.
 
-    def __init__(self, address: str, name: str) -> None:
+    A run that is resumed goes on in the same MLflow run, which `mlflow.json` in its folder names. A tracker that cannot
+    be reached when the run begins is a ConfigError; one that fails later is a warning.
+    """
+
+    def __init__(self, config: Config, folder: Path, warn: Callable[[str], None]) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # its seven take minutes
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         try:
             import mlflow
         except ImportError:
             raise MissingExtra("mlflow", "track") from None
         self.mlflow = mlflow
-        mlflow.set_tracking_uri(address)
-        mlflow.set_experiment("fedkeel")
-        mlflow.start_run(run_name=name)
+        self.config, self.note, self.warn = config, folder / "mlflow.json", warn
+        self.client: Any = None
+        self.run, self.rounds, self.done, self.failing = "", 0, 0, False
 
-    def started(self, label: str, rounds: int, done: int) -> None: ...
+    def started(self, label: str, rounds: int, done: int) -> None:
+        self.rounds, self.done = rounds, done
+        try:
+            self.client = self.mlflow.MlflowClient(tracking_uri=self.config.mlflow)
+            self._begin(label, done)
+        except Exception as error:  # of MLflow, of its HTTP client, of its database
+            raise ConfigError("mlflow", self.config.mlflow, f"an address that can be written to: {error}") from error
+
+    def _begin(self, label: str, done: int) -> None:
+        client = self.client
+        if done and self.note.is_file():
+            self.run = str(json.loads(self.note.read_bytes())["run_id"])
+            client.update_run(self.run, status="RUNNING")
+            return
+        found = client.get_experiment_by_name(EXPERIMENT)
+        number = client.create_experiment(EXPERIMENT) if found is None else found.experiment_id
+        self.run = client.create_run(number, run_name=self.config.name, tags={"label": label}).info.run_id
+        options = [
+            self.mlflow.entities.Param(name, text) for name, text in _flat(self.config.table()) if name != "mlflow"
+        ]
+        for first in range(0, len(options), 100):  # as many as it takes at once
+            client.log_batch(self.run, params=options[first : first + 100])
+        write_json(self.note, {"run_id": self.run})
+
     def generating(self, done: int, total: int) -> None: ...
     def tuning(self, client: int, done: int, total: int) -> None: ...
     def warned(self, text: str) -> None: ...
 
     def finished_round(self, record: Record) -> None:
-        self.mlflow.log_metrics(_scalars(record), step=record["round"])
+        self.done, now = record["round"], int(1000 * time.time())
+        values = [self.mlflow.entities.Metric(name, value, now, self.done) for name, value in _scalars(record).items()]
+        self._try(lambda: self.client.log_batch(self.run, metrics=values))
 
     def ended(self) -> None:
-        self.mlflow.end_run()
+        if self.run:
+            status = "FINISHED" if self.done == self.rounds else "FAILED"
+            self._try(lambda: self.client.set_terminated(self.run, status))
+
+    def _try(self, write: Callable[[], None]) -> None:
+        """A tracker is no reason to end a run; the first of its failures in a row is told."""
+        try:
+            write()
+            self.failing = False
+        except Exception as error:
+            if not self.failing:
+                self.warn(f"round {self.done} is not in MLflow ({error}); rounds.jsonl has all")
+            self.failing = True
 
 
 class Several:
@@ -235,3 +289,12 @@ class Several:
 
 def _scalars(record: Record) -> dict[str, float]:
     return {key: float(value) for key, value in record.items() if isinstance(value, (int, float)) and key != "round"}
+
+
+def _flat(table: Mapping[str, object], before: str = "") -> Iterator[tuple[str, str]]:
+    """Options by their dotted names, as a run's overrides are written."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield before + key, str(value)

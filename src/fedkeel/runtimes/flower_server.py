@@ -60,14 +60,14 @@ class Federated:
         if not isinstance(config.partition, Sites):
             roster.check(job.partition.hash)
         gather(roster, range(job.clients), config, self.everyone)
-        return FlowerRuntime(job, roster)
+        return FlowerRuntime(job, roster, self.folder)
 
 
 class FlowerRuntime:
     """See runtimes/base.py."""
 
-    def __init__(self, job: Job, roster: Roster) -> None:
-        self.job, self.roster, self.post = job, roster, roster.post
+    def __init__(self, job: Job, roster: Roster, folder: Path | None) -> None:
+        self.job, self.roster, self.post, self.folder = job, roster, roster.post, folder
         self.options = job.config.federation
         limit = self.options.max_reply
         model = size_of((job.worker.weights.flat,))
@@ -84,6 +84,7 @@ class FlowerRuntime:
     ) -> Iterator[Reply]:
         roster, job = self.roster, self.job
         roster.admit(NEWCOMERS)
+        remember(self.folder, roster.samples)
         wanted = min(job.config.min_replies, len(clients))
         if sum(roster.node_of(client) is not None for client in clients) < wanted:
             missing = ", ".join(roster.name(client) for client in clients if roster.node_of(client) is None)
@@ -396,19 +397,17 @@ def same_sites(config: Config) -> None:
 
 
 def held(config: Config, data: Dataset, roster: Roster) -> Holdings:
-    """What the server knows of sites: their classes and shape, and, once they have joined, how many samples there are.
-
-    A site that joins later is not counted, where a method asks how many samples there are in all.
-    """
+    """What the server knows of sites: their classes and shape, and how many samples those have that have joined, in
+    this process or, as its note says, before the run was resumed."""
+    note = noted(config.folder)
+    roster.samples |= note.samples if note is not None else {}
     gather(roster, range(config.clients), config)
     x, y = data.train_x[:0], data.train_y[:0]
     noise = replace(config.noise, label_fraction=0.0)  # there are test images only
     kept = noise.apply(replace(data, train_x=x, train_y=y), Streams(config.seed))
     counts = torch.zeros((config.clients, len(data.classes)), dtype=torch.int64)
     partition = Partition("sites", {}, config.seed, kept.fingerprint, (y,) * config.clients, counts)
-    note = noted(config.folder)
-    known = note.samples if note is not None else {}
-    return Holdings(kept, partition, total=sum((known or roster.samples).values()))
+    return Holdings(kept, partition, total=lambda: sum(roster.samples.values()))
 
 
 def persisted(config: Config, roster: Roster, holdings: Holdings | None, lines: Lines, again: bool) -> loop.Result:
@@ -433,7 +432,7 @@ def persisted(config: Config, roster: Roster, holdings: Holdings | None, lines: 
 @dataclass(frozen=True)
 class Note:
     """What a run has noted of its federation: the name by which nodes keep what belongs to it; the samples of those who
-    joined before it began; the clients' names in order (None: noted by a version that did not do so)."""
+    have joined so far; the clients' names in order (None: noted by a version that did not do so)."""
 
     experiment: str
     samples: Mapping[int, int]
@@ -459,7 +458,18 @@ def experiment(folder: Path | None, samples: Mapping[int, int], sites: Sequence[
     if note is not None:
         return note.experiment
     found = uuid.uuid4().hex
-    if folder is not None:
-        counts = {str(client): count for client, count in samples.items()}
-        write_json(folder / NOTE, {"experiment": found, "samples": counts, "sites": list(sites)})
+    _note(folder, Note(found, samples, list(sites)))
     return found
+
+
+def remember(folder: Path | None, samples: Mapping[int, int]) -> None:
+    """Adds to the note the samples of those who have joined since: when the run is resumed they may be away."""
+    note = noted(folder)
+    if note is not None and not note.samples.keys() >= samples.keys():
+        _note(folder, replace(note, samples={**note.samples, **samples}))
+
+
+def _note(folder: Path | None, note: Note) -> None:
+    if folder is not None:
+        counts = {str(client): count for client, count in sorted(note.samples.items())}
+        write_json(folder / NOTE, {"experiment": note.experiment, "samples": counts, "sites": note.sites})
