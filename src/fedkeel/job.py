@@ -255,9 +255,8 @@ class Job:
             yield "robust.trim = 0.0: nothing is cut off, one lying client moves the mean as far as it likes"
         if config.algorithm.tunes and config.algorithm.kind == "personal" and config.personal.epochs == 0:
             yield "personal.epochs = 0: this switches the method off"
-        falls_back: Callable[[Tensor, str], bool] = getattr(self.method, "falls_back", lambda counts, profile: False)
-        few = [k for k in self.counts.any(1).nonzero()[:, 0].tolist() if falls_back(self.counts[k], self.profiles[k])]
-        if few:
+        there = self.counts.any(1).nonzero()[:, 0].tolist()
+        if few := [k for k in there if self.method.falls_back(self.counts[k], self.profiles[k])]:
             key = "algorithm" if config.balance is None else "balance"
             yield (
                 f"{len(few)} of {self.clients} clients have fewer samples than there are classes, so they cannot be "

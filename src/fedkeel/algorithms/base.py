@@ -175,6 +175,11 @@ class Algorithm:
         """How many real and synthetic samples of each class a client with `counts` ([C]) trains on."""
         return Plan(real=counts, fake=counts.new_zeros(counts.shape))
 
+    def falls_back(self, counts: Tensor, profile: str) -> bool:
+        """Whether a client with `counts` ([C]) has too few samples for the method and trains like FedAvg's instead: a
+        run warns of it."""
+        return False
+
     def tunes_generator(self, counts: Tensor, profile: str) -> bool:
         """Whether a client with `counts` ([C]) first tunes its generator on its own samples; what it learns stays."""
         return False

@@ -163,21 +163,17 @@ class FBL(Over):
 
     def plan(self, counts: Tensor, profile: str) -> Plan:
         """Real samples kept and synthetic ones added per class (IV-A; unconstrained: IV-D)."""
-        unchanged = Plan(counts, torch.zeros_like(counts))
-        if profile == "none":
-            return unchanged
+        if profile == "none" or self.falls_back(counts, profile):
+            return Plan(counts, torch.zeros_like(counts))
         points = balance_point(counts, "max" if profile == "unconstrained" else "mean", self.rounding)
-        if self.falls_back(counts, profile):
-            return unchanged
-        if profile != "unconstrained" and int(counts.sum()) < len(counts):
+        if profile == "constrained" and _fewer_than_classes(counts):
             points = torch.full_like(points, 1 if self.zero_policy == "min_one" else 0)
         plan = balanced(counts, points)
         return plan if self.cut else Plan(counts, plan.fake)
 
     def falls_back(self, counts: Tensor, profile: str) -> bool:
-        """Whether a client could balance its data, but its point is 0, however rounded, and it trains like FedAvg
-        (F-07); a run warns of such clients."""
-        return profile == "constrained" and self.zero_policy == "fedavg" and int(counts.sum()) < len(counts)
+        """Its point is 0, however rounded (F-07)."""
+        return profile == "constrained" and self.zero_policy == "fedavg" and _fewer_than_classes(counts)
 
     def prepare(self, local: Local) -> Samples:
         counts = local.data.counts(local.classes)
@@ -393,3 +389,8 @@ class Aligned(Split):
 def _outputs(head: nn.Module) -> int:
     layers = [module for module in head.modules() if isinstance(module, nn.Linear)]
     return layers[-1].out_features
+
+
+def _fewer_than_classes(counts: Tensor) -> bool:
+    """Of a client's samples: its mean class count, and so its balance point, is below 1."""
+    return int(counts.sum()) < len(counts)
