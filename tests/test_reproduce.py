@@ -63,7 +63,13 @@ PROTOCOLS = {
         "tiny": {
             "paper": {"base": "base", "seeds": [1, 2], "departures": []},
             "reduced": {"base": "base", "seeds": [1, 2], "departures": ["a small network"]},
-            "smoke": {"base": "base", "seeds": [1], "departures": ["numbers mean nothing"], "rates": {"prox": 0.1}},
+            "smoke": {
+                "base": "base",
+                "seeds": [1],
+                "departures": ["numbers mean nothing"],
+                "training": ["hardly any"],
+                "rates": {"prox": 0.1},
+            },
         }
     },
     "data": {"some": {profile: {} for profile in tables.PROFILES}},
@@ -136,7 +142,8 @@ def test_a_cell_has_all_that_a_table_and_a_repetition_need(tiny: Files, tmp_path
     assert found["versions"].keys() >= {"fedkeel", "torch"} and found["hardware"]["device"] == "cpu"
     assert found["key"] == cell.config.key() == cell.key
     assert found["generator"]["name"] == "gaussian" and len(found["generator"]["fingerprint"]) == 64
-    assert found["departures"] == ["numbers mean nothing", "balanced", "twice the epochs"]
+    assert found["departures"] == ["hardly any", "numbers mean nothing", "balanced", "twice the epochs"]
+    assert (found["printed"], found["mark"]) == ([], "")
     assert found["cpu_seconds"] > 0 and found["seconds"] > 0 and found["steps"] > 0 and found["bytes"]["up"] > 0
     # the run can be made again from the file, wherever it was made
     assert parse({**found["config"], "name": "again"}).key() == found["key"]
@@ -222,7 +229,7 @@ def test_cells_of_one_configuration_are_one_run(
     found = read(copy, tmp_path).found
     assert found is not None and found["same_as"] == "smoke/tiny/avg--a--seed1"
     assert (found["table"], found["row"]) == ("tiny-2", "other")
-    assert found["departures"] == ["numbers mean nothing", "as the first table has it"]
+    assert found["departures"] == ["hardly any", "numbers mean nothing", "as the first table has it"]
     assert cells.run_of(copy, tmp_path) == cells.run_of(*plan(["avg"], ["a"]), tmp_path)
     # done earlier, in another call and profile
     path_of(copy, tmp_path).unlink()
@@ -392,6 +399,17 @@ def test_a_line_for_each_cell_with_the_time_left(tiny: Files, tmp_path: Path) ->
     assert re.fullmatch(r"6/6 100 %  tiny prox--b--seed1  \S+ %  \d\.\d s", lines[-1])
 
 
+def test_words_of_a_cell_are_mended_and_its_numbers_hold(tiny: Files, tmp_path: Path, ran: list[str]) -> None:
+    (outcome,) = reproduce(plan(["prox"], ["b"]), tmp_path)
+    path = path_of(outcome.cell, tmp_path)
+    before = json.loads(path.read_text())
+    assert (before["printed"], before["mark"]) == ([70.0], "above the bound")
+    tiny["tiny"] = {**TINY, "marks": {"prox.b": "twice the bound"}}
+    anew()
+    reproduce(plan(["prox"], ["b"]), tmp_path)
+    assert json.loads(path.read_text()) == {**before, "mark": "twice the bound"} and ran == ["prox--b--seed1"]
+
+
 # how it is shown ------------------------------------------------------------------------------------------------------
 
 
@@ -482,6 +500,13 @@ def test_what_stands_below_a_table(table: shown.Shown) -> None:
     assert "Spent: 3h 30m of CPU time" in below["Made with"]
 
 
+def test_a_figure_without_runs_does_not_say_how_models_are_trained(tiny: Files) -> None:
+    assert experiment("tiny").departures("smoke") == ("hardly any", "numbers mean nothing")
+    tiny["tiny"] = {**TINY, "runs": False}
+    anew()
+    assert experiment("tiny").departures("smoke") == ("numbers mean nothing",)
+
+
 def test_what_the_profile_leaves_out_is_said(tiny: Files) -> None:
     only = {"prox": {**TINY["rows"]["prox"], "only": ["paper"]}}
     tiny["tiny"] = {**TINY, "rows": {**TINY["rows"], **only}}
@@ -489,6 +514,12 @@ def test_what_the_profile_leaves_out_is_said(tiny: Files) -> None:
     anew()
     table = shown.show(experiment("tiny"), "smoke", [made(cell, 0.5) for cell in plan()])
     assert table.absent == ("rows that this profile leaves out: FedProx",)
+    tiny["tiny"]["columns"] = {
+        name: {**line, "rows": {"smoke": ["own", "prox"]}} for name, line in TINY["columns"].items()
+    }
+    anew()
+    nowhere = shown.show(experiment("tiny"), "smoke", [made(cell, 0.5) for cell in plan()])
+    assert nowhere.absent == ("rows that this profile leaves out: FedAvg; FedProx",), "no column has FedAvg"
     assert table.spots["avg", "b"].state == "not run" and table.spots["avg", "b"].printed == (60.0,)
 
 
@@ -517,11 +548,11 @@ def test_the_terminal(table: shown.Shown) -> None:
 
 def test_markdown(table: shown.Shown) -> None:
     text = shown.as_markdown(table)
-    assert "| FedAvg | 51.00 ± 1.41<br>*50.50 ± 1.25* | missing<br>*60.00* |" in text
+    assert "| FedAvg | 51.00 ± 1.41<br>***50.50 ± 1.25*** | missing<br>*60.00* |" in text
     assert "| Control (ours) | **60.00 (1/2)** | 20.00 (1/2) |" in text
     assert "only the profile paper may be compared" in text
     paper = shown.as_markdown(replace(table, profile="paper"))
-    assert "51.00 ± 1.41<br>*50.50 ± 1.25*<br>+0.50" in paper and "may be compared" not in paper
+    assert "51.00 ± 1.41<br>***50.50 ± 1.25***<br>+0.50" in paper and "may be compared" not in paper
 
 
 def test_the_page_loads_nothing_and_escapes_all(table: shown.Shown) -> None:

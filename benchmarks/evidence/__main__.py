@@ -21,7 +21,11 @@ from fedkeel.reproduce.tables import experiment, names, protocols
 PAGE = ROOT / "docs/evidence.md"
 PARTS = {
     "FBL": ("FBL's claims", "arXiv 2601.14042; the figures are those of CIFAR-10 where no other data are named."),
-    "ReGL": ("ReGL's claims", "arXiv 2409.14063; ten food classes of Tiny-ImageNet stand in for ImageFruit."),
+    "ReGL": (
+        "ReGL's claims",
+        "arXiv 2409.14063; ten food classes of Tiny-ImageNet stand in for ImageFruit. "
+        "Of one seed both data sets have the same split, number by number: they are no independent draws of it.",
+    ),
     "both": ("What both stand on", "The generator."),
     "ours": ("Controls of our own", "Not in the papers: what else could explain a gain."),
 }
@@ -31,7 +35,7 @@ def page() -> str:
     """The whole page."""
     numbered = list(enumerate(CLAIMS, 1))
     counts = Counter(claim.verdict() for claim in CLAIMS)
-    parts = sum(len(claim.parts) for claim in CLAIMS)
+    parts = sum(bool(part.values()) for claim in CLAIMS for part in claim.parts)
     lines = [
         "# Evidence",
         "",
@@ -45,7 +49,8 @@ def page() -> str:
         f"The runs are those of the profile `{PROFILE}` ([reproducing](reproducing.md)): the papers' clients, "
         "partitions and methods with a small CNN, few rounds, and generators of this project in place of Stable "
         "Diffusion, on two CPU cores. So the *order* of methods can be held against the papers, the numbers cannot. "
-        f"CPU hours spent on all cells so far: **{cpu_hours():.1f}**. Every cell is a JSON file in "
+        f"CPU hours of the cells that stand here: **{cpu_hours():.1f}**; those that failed or were run again, and the "
+        "figures, come on top. Every cell is a JSON file in "
         "`benchmarks/results/reproduce`; the tables are [below](#tables).",
         "",
         "A claim is made of differences between cells, in points, each taken seed by seed (**mean**, then each seed). "
@@ -53,14 +58,16 @@ def page() -> str:
         f"{ERRORS:g} standard errors from nothing. A claim **holds** when all of its differences are seen, **holds in "
         "part** when some are, **does not hold** when one is seen the other way round and none as claimed; otherwise "
         "there is **no clear difference**. *As far as it was run* says that a difference or one of three seeds is "
-        "missing. Bounds such as *to be above* are ours; with one, a difference need not be a point away from it. "
+        "missing. Bounds such as *to be above* are ours; such a difference need not be a whole point above its bound, "
+        "only more than 2 standard errors. "
         "*The best of* some methods is the one with the best mean over seeds. A run that diverged counts as chance. "
         "What figures show (Figs. 4a, 4, 6 and 7) is measured in their pictures' features and given in hundredths, as "
         "each line says.",
         "",
         "That is little against chance: two standard errors of two seeds are passed in 30 of 100 cases where there is "
-        f"nothing to see, of three seeds in 18, and {parts} differences stand below. A claim of several differences "
-        "holds only when all are seen, and fails with one. So a verdict is worth what its figures are: read them. "
+        f"nothing to see, of three seeds in 18, and {parts} measured differences stand below. A claim of several "
+        "differences holds only when all are seen, and fails with one. So a verdict is worth what its figures are: "
+        "read them. "
         f"Beside each stands what the paper's numbers give (*printed*), and the same at the end of the runs: the mean "
         f"of their last {END} rounds in place of ten, as many runs still rise, baselines more than methods that "
         "balance.",

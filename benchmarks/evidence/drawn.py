@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from statistics import fmean
 
+from claims import BASELINES
 from judged import PROFILE, ROOT, Values, head, kept_of, measured, name, of, outcomes, picture_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,7 +21,6 @@ from fedkeel.reproduce.tables import experiment
 
 PICTURE = ROOT / "docs/images/evidence.png"
 TABLE, COLUMNS = "fbl-t1", ("c10-01", "c10-03", "c10-05")
-BASELINES = ("fedgen", "moon", "fedprox", "fedavg", "scaffold", "fedcda", "feddyn", "fedntd")
 BALANCED = ("fbl", "fbl-25", "fbl-50", "regl")
 CONTROLS = (
     "scaffold-samples",

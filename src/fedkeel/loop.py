@@ -405,7 +405,13 @@ def describe(job: Job, folder: Path, label: str, engine: Engine, resume: bool = 
         "algorithm": registry.name_of("algorithms", type(config.algorithm)),
         "seed": config.seed,
         "classes": list(job.data.classes),
-        "data": {"name": job.data.name, "fingerprint": job.fingerprint},
+        "data": {
+            "name": job.data.name,
+            "fingerprint": job.fingerprint,
+            "shape": list(job.data.shape),
+            "mean": list(job.data.mean),
+            "std": list(job.data.std),
+        },
         "partition": job.partition.hash,
         "generator": None,
         "profiles": job.profiles,
@@ -442,7 +448,7 @@ def _versions() -> dict[str, str]:
     """Of what numbers and images depend on, as far as it is installed."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
+    found = {"python": platform.python_version()}
     for package in NEEDED + EXTRAS:
         with suppress(PackageNotFoundError):
             found[package] = version(package)

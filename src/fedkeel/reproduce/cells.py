@@ -144,11 +144,15 @@ def reproduce(
     for cell in planned:
         if outcomes[path_of(cell, folder)].state != "done":
             cell.placed(data, folder, pools)
-    if any(outcome.state != "done" for outcome in outcomes.values()):
+    if any(outcome.state != "done" or _told(outcome) != outcome for outcome in outcomes.values()):
         with locked(folder, RunError(f"another process works in {folder}: wait for it, or choose another --dir")):
             outcomes = {path_of(cell, folder): read(cell, folder) for cell in planned}  # it may have done some
-            for outcome in [each for each in outcomes.values() if each.state == "done"]:
-                tell(outcome)
+            for path, outcome in outcomes.items():
+                if outcome.state == "done":
+                    outcomes[path] = told = _told(outcome)
+                    if told.found is not None and told != outcome:
+                        _write(path, told.found)
+                    tell(told)
             data = data and data.absolute()  # a run that was stopped goes on with data at the same path only
             open_ = [outcome.cell for outcome in outcomes.values() if outcome.state != "done"]
             for cell, error in _results(open_, folder, data, pools, workers, keep):
@@ -306,7 +310,6 @@ def _came_to(cell: Cell, result: Result, cpu: float) -> dict[str, Any]:
     series = {name: [value for value in curve if value is not None] for name, curve in curves.items()}
     series = {name: values for name, values in series.items() if values}
     generator = manifest.get("generator") or {}
-    protocol = experiment(cell.table).protocol(cell.profile)
     classes = sorted({name for each in rounds for name in each if name.startswith("global/class/")})
     return {
         "table": cell.table,
@@ -334,7 +337,7 @@ def _came_to(cell: Cell, result: Result, cpu: float) -> dict[str, Any]:
         "bytes": {way: sum(each.get(f"bytes/{way}", 0) for each in rounds) for way in ("up", "down")},
         "seconds": round(sum(v for each in rounds for name, v in each.items() if name.startswith("seconds/")), 1),
         "cpu_seconds": round(cpu, 1),
-        "departures": [*protocol.departures, *filter(None, [cell.row.note, cell.column.note])],
+        **_words(cell),
         "generator": {part: generator[part] for part in ("name", "fingerprint") if part in generator} or None,
         "partition": manifest["partition"],
         "data": manifest["data"],
@@ -379,10 +382,26 @@ def _copy(path: Path, cell: Cell, folder: Path) -> None:
     """The same run as a cell of another table or profile."""
     found = json.loads(path.read_text())
     own = {"table": cell.table, "profile": cell.profile, "row": cell.row.key, "column": cell.column.key}
-    protocol = experiment(cell.table).protocol(cell.profile)
-    found["departures"] = [*protocol.departures, *filter(None, [cell.row.note, cell.column.note])]
     same = f"{path.parent.parent.name}/{path.parent.name}/{path.stem}"
-    _write(path_of(cell, folder), {**found, **own, "same_as": same})
+    _write(path_of(cell, folder), {**found, **own, **_words(cell), "same_as": same})
+
+
+def _words(cell: Cell) -> dict[str, Any]:
+    """What the table's files say of a cell beside its configuration: where it departs from the paper, what the paper
+    prints in its place (in per cent) and why that cannot be relied on."""
+    found = experiment(cell.table)
+    column = cell.column.like or cell.column.key
+    printed = list(found.printed.get(cell.row.key, {}).get(column, ()))
+    return {
+        "departures": [*found.departures(cell.profile), *filter(None, [cell.row.note, cell.column.note])],
+        "printed": printed,
+        "mark": found.mark(cell.row.key, cell.column.key) if printed else "",
+    }
+
+
+def _told(outcome: Outcome) -> Outcome:
+    """A cell that is done with what is said of it now: words are mended, and its numbers hold."""
+    return replace(outcome, found={**(outcome.found or {}), **_words(outcome.cell)})
 
 
 def _write(path: Path, found: Mapping[str, Any]) -> None:

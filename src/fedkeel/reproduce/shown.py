@@ -265,7 +265,7 @@ def _reasons(
     """What departs from the paper, each text once, as the table's files have it now: a cell that is done has their
     configuration, whatever words were kept with it."""
     holds: dict[str, dict[Place, None]] = {}
-    for text in found.protocol(profile).departures:
+    for text in found.departures(profile):
         holds.setdefault(text, {}).update(dict.fromkeys(outcomes))
     for at, lines in enumerate((rows, columns)):
         for line in lines:
@@ -289,8 +289,9 @@ def _where(places: Sequence[Place], all_places: Sequence[Place], labels: Mapping
 def _absent(found: Experiment, profile: str) -> tuple[str, ...]:
     """What of the table this profile does not have."""
     rows, columns = found.lines(profile)
+    there = [row for row in rows if any(column.has(row, profile) for column in columns)]
     left = {
-        "rows": [row.label for row in found.rows.values() if row not in rows],
+        "rows": [row.label for row in found.rows.values() if row not in there],
         "columns": [column.label for column in found.columns.values() if column not in columns],
     }
     return tuple(f"{what} that this profile leaves out: {'; '.join(labels)}" for what, labels in left.items() if labels)
@@ -474,7 +475,8 @@ def matrix(shown: Shown) -> list[str]:
 
     def cell(spot: Spot) -> str:
         mark = f" [{spot.mark}]" if spot.mark else ""
-        printed = f"<br>*{_printed(spot, shown.digits)}*{mark}" if spot.printed else ""
+        stars = "***" if spot.printed_best else "*"
+        printed = f"<br>{stars}{_printed(spot, shown.digits)}{stars}{mark}" if spot.printed else ""
         apart = f"<br>{_difference(spot)}" if shown.comparable and spot.difference is not None else ""
         return (f"**{_ours(spot)}**" if spot.best else _ours(spot)) + printed + apart
 

@@ -77,11 +77,13 @@ class Column(Line):
 @dataclass(frozen=True)
 class Protocol:
     """What a family of tables runs by in one profile. base: a configuration of `experiments/`. departures: from the
-    paper, in words. rates: learning rates by row, chosen on a validation part of the train images."""
+    paper, in words; training: those of how models are trained, which figures without runs do not have. rates: learning
+    rates by row, chosen on a validation part of the train images."""
 
     base: str
     seeds: tuple[int, ...]
     departures: tuple[str, ...] = ()
+    training: tuple[str, ...] = ()
     rates: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -110,6 +112,11 @@ class Experiment:
             raise ConfigError("--profile", profile, f"must be one of {', '.join(PROFILES)}", nearest(profile, PROFILES))
         found = protocols()[self.family][profile]
         return replace(found, seeds=self.seeds[profile]) if profile in self.seeds else found
+
+    def departures(self, profile: str) -> tuple[str, ...]:
+        """Those of the whole table, in words."""
+        protocol = self.protocol(profile)
+        return (*(protocol.training if self.runs else ()), *protocol.departures)
 
     def lines(self, profile: str) -> tuple[list[Row], list[Column]]:
         """The rows and columns that this profile has."""
@@ -213,7 +220,11 @@ def protocols() -> dict[str, dict[str, Protocol]]:
     for family, profiles in _tables(_files()[PROTOCOLS], "families").items():
         for profile, each in profiles.items():
             out.setdefault(family, {})[profile] = Protocol(
-                each["base"], tuple(each["seeds"]), tuple(each.get("departures", ())), each.get("rates", {})
+                each["base"],
+                tuple(each["seeds"]),
+                tuple(each.get("departures", ())),
+                tuple(each.get("training", ())),
+                each.get("rates", {}),
             )
     return out
 
