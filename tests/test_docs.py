@@ -240,7 +240,7 @@ def run(block: Block, names: dict[str, Any]) -> None:
         check_toml(block)
     elif block.language == "python" and not block.title:
         source = "\n" * block.line + block.text  # so that a traceback names the page's own line
-        exec(compile(source, block.page, "exec"), names)
+        exec(compile(source, block.page, "exec", dont_inherit=True), names)
     elif block.language == "bash":
         for words in block.commands():
             assert words[0] == "fedkeel", f"{block.page}:{block.line}: only fedkeel is run here: {shlex.join(words)}"

@@ -23,6 +23,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+import fedkeel
 from fedkeel.algorithms.base import Algorithm, Over
 from fedkeel.catalogue import Thing, Traffic, things, traffic
 from fedkeel.reproduce.cells import read
@@ -51,7 +52,7 @@ SHORT = {
 }
 """What makes a method's first command fit the few rounds and images of exp.toml."""
 FEDAVG = "FedAvg: the average of locally trained models. Every other method is written as what it does differently."
-INNER = ("weight", "only_sums", "part_of_all", "idle", "tunes_generator")
+INNER = ("weight", "only_sums", "part_of_all", "idle", "falls_back", "tunes_generator")
 """Functions of a method that are no hooks."""
 HOOKS = [
     name
@@ -107,8 +108,9 @@ def overview() -> str:
     """The page that lists all methods."""
     text = [
         "# Methods",
-        "Model weights cross, and a client's weight in the average. Down and up are bytes of a round as factors of "
-        "FedAvg's, measured on a small CNN when this page was made, as `fedkeel list algorithms` does. Accuracies, in "
+        "Most methods send the model's weights, and with them the client's weight in the average, usually its number "
+        "of samples. Down and up are bytes of a round as factors of FedAvg's, measured on a small CNN when this page "
+        "was made, as `fedkeel list algorithms` does. Accuracies, in "
         "per cent, are ours on the bundled images: Dirichlet 0.1, three seeds, one setting for all and tuned for none "
         "([more](../baselines.md)).",
     ]
@@ -446,7 +448,41 @@ def _ratio(found: Figures) -> str:
     return f"{found['value']:.2f}" + (f" ({spread[0]:.2f} to {spread[1]:.2f})" if spread else "")
 
 
+def public(_: Figures) -> str:
+    """What `import fedkeel` offers, by its docstrings; of classes their public functions too."""
+    text = []
+    for name in fedkeel.__all__:
+        thing = getattr(fedkeel, name)
+        if name.startswith("_"):
+            continue
+        if inspect.isfunction(thing):
+            text += [f"### {name}", f"```python\n{_signed(name, thing)}\n```", *_said(thing)]
+            continue
+        text += [f"### {name}", *_said(thing)]
+        own = [] if issubclass(thing, Algorithm) else vars(thing).items()
+        for part, member in own:
+            if inspect.isfunction(member) and not part.startswith("_") and member.__doc__:
+                text += [f"`{_signed(f'{name}.{part}', member)}`: {' '.join(_said(member))}"]
+    return "\n\n".join(text)
+
+
+def _signed(name: str, function: Any) -> str:
+    """A function as it is called."""
+    found = inspect.signature(function)
+    shown = [
+        each.replace(annotation=inspect.Parameter.empty) for each in found.parameters.values() if each.name != "self"
+    ]
+    return f"{name}{found.replace(parameters=shown, return_annotation=inspect.Signature.empty)}"
+
+
+def _said(thing: Any) -> list[str]:
+    """A docstring's paragraphs as Markdown of a page of docs/."""
+    paragraphs = inspect.cleandoc(thing.__doc__ or "").split("\n\n")
+    return [prose(" ".join(each.split())).replace("](../", "](") for each in paragraphs]
+
+
 FIGURES = {
+    "public": public,
     "peers": peers,
     "plain": plain,
     "scale": scale,
