@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 from fedkeel import cli
 from fedkeel.data.dataset import Dataset
 from fedkeel.errors import CheckpointError, ConfigError, DataError
+from fedkeel.generators import quality
 from fedkeel.generators.base import Tunable
 from fedkeel.generators.quality import mmd2
 from fedkeel.loop import resume, run
 from fedkeel.record import numbers
-from fedkeel.report import embedding
+from fedkeel.report import embedding, figures
 from fedkeel.report.classes import Change, change
 from fedkeel.report.classes import draw as draw_changes
 from fedkeel.report.figures import Asked, Sheet, pools, sheet, write_figures
@@ -363,6 +364,24 @@ def test_a_checkpoint_that_is_gone(data: Dataset, tmp_path: Path) -> None:
         open_run(tmp_path / "run", data=data)
 
 
+def apart(run: Finished, encode: embedding.Encode) -> float:
+    """The squared MMD of client 1's real images, at most 6 of a class, to as many of its synthetic ones."""
+    own = run.job.samples(1)
+    counts = torch.where(run.job.counts[1] > 1, run.job.counts[1].clamp(max=6), 0)
+    real = torch.cat([own.x[own.y == c][:n] for c, n in enumerate(counts.tolist())])
+    x, y = encode(real), encode(run.job.images(1, counts, 0).x)
+    scale = x.square().mean().sqrt()
+    return mmd2(x / scale, y / scale)
+
+
+def test_images_are_compared_by_a_network_that_knows_no_synthetic_one(filled: Finished) -> None:
+    found = figures.images(filled, 1, 6)
+    assert found is not None and found.title.endswith("features of a classifier of real images")
+    judge = quality.reference(filled.job)
+    assert found.scores["mmd2/vanilla"] == pytest.approx(apart(filled, embedding.encoder(filled, judge)))
+    assert found.scores["mmd2/vanilla"] != pytest.approx(apart(filled, embedding.encoder(filled, filled.model(1))))
+
+
 @pytest.mark.slow  # for the import of transformers
 def test_features_of_clip(filled: Finished, folders: dict[str, Path], data: Dataset, tmp_path: Path) -> None:
     from standins.vision import clip
@@ -372,13 +391,7 @@ def test_features_of_clip(filled: Finished, folders: dict[str, Path], data: Data
     name = str(clip(tmp_path / "clip", 12))
     write_figures([folders["filled"]], tmp_path, Asked(["tsne"], client=1, each=6, clip=name), data)
     found = json.loads((tmp_path / "tsne-images-regl-client1.json").read_text())
-    own, encode = filled.job.samples(1), Encoder(Path(name), torch.device("cpu"))
-    counts = torch.where(filled.job.counts[1] > 1, filled.job.counts[1].clamp(max=6), 0)
-    real = torch.cat([own.x[own.y == c][:n] for c, n in enumerate(counts.tolist())])
-    made = filled.job.images(1, counts, 0).x
-    x, y = encode(real), encode(made)
-    scale = x.square().mean().sqrt()
-    assert found["scores"]["mmd2/vanilla"] == pytest.approx(mmd2(x / scale, y / scale))
+    assert found["scores"]["mmd2/vanilla"] == pytest.approx(apart(filled, Encoder(Path(name), torch.device("cpu"))))
     assert found["title"].endswith("CLIP features")
     with pytest.raises(DataError, match="clip: nowhere is not on this machine"):
         write_figures([folders["filled"]], tmp_path, Asked(["tsne"], client=1, clip="nowhere"), data)

@@ -400,9 +400,10 @@ def nearest(x: Tensor, train: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ones (infinite where there are none), and which row is the nearest."""
     count = min(NEIGHBOURS + 1, len(train))
     gaps, after, places = [], [], []
+    centre = train.mean(0)  # what all rows have in common would take digits from their differences
     for part in torch.split(x, CHUNK):
         # matrix products find the neighbours; they are too coarse for distances near zero, which are then taken exactly
-        rows = torch.cdist(part, train).topk(count, largest=False).indices
+        rows = torch.cdist(part - centre, train - centre).topk(count, largest=False).indices
         exact, order = (part[:, None] - train[rows]).norm(dim=2).sort(dim=1)
         gaps.append(exact[:, 0])
         after.append(exact[:, 1:].mean(1) if count > 1 else torch.full((len(part),), torch.inf))

@@ -46,7 +46,7 @@ class Asked:
 
     what: of KINDS. number: the round of `classes`, None for the last recorded. each: images of a class in a t-SNE
     picture; shown: in a group of a contact sheet. clip: a folder with CLIP's weights, or a name that is in the hub's
-    cache, whose features replace those of the run's network where images are compared.
+    cache, whose features replace those of a classifier of all clients' real images where images are compared.
     """
 
     what: Sequence[str] = KINDS
@@ -148,7 +148,11 @@ def pools(run: Finished, client: int) -> dict[str, tuple[Pool, int]]:
 
 def images(run: Finished, client: int, each: int = 40, clip: str | None = None) -> embedding.Cloud | None:
     """Real images of a client beside as many synthetic ones of the same classes, of those it holds two or more of; None
-    with fewer than three. clip: as in `Asked`."""
+    with fewer than three. clip: as in `Asked`.
+
+    The features are those of a classifier that knows the real images of all clients, and no synthetic one; the run's
+    own network is no judge, as it was trained on some of the images.
+    """
     held, own = run.held(client), run.job.samples(client)
     largest = torch.argsort(held, descending=True, stable=True)[: embedding.MOST].tolist()
     labels = sorted(c for c in largest if held[c] > 1)
@@ -160,11 +164,15 @@ def images(run: Finished, client: int, each: int = 40, clip: str | None = None) 
     for name, (pool, lane) in pools(run, client).items():
         x = torch.cat([pool.take(c, lane, n) for c, n in counts.items()])
         groups[name] = (x, own.y[rows])
-    encode, by = embedding.encoder(run, run.model(client)), "features of the run's network"
+    encode: embedding.Encode
     if clip is not None:
         from fedkeel.generators.condition import Encoder, find
 
         encode, by = Encoder(find(clip, False, "clip"), run.job.device), "CLIP features"
+    else:
+        from fedkeel.generators.quality import reference
+
+        encode, by = embedding.encoder(run, reference(run.job)), "features of a classifier of real images"
     return embedding.image_cloud(f"{run.title}: client {client}\n{by}", groups, encode)
 
 
