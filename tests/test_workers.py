@@ -65,6 +65,17 @@ class Heard(Silent):
         self.after(record["round"])
 
 
+STRANGERS: set[int] = set()
+"""Processes that tests of other files have left: Ray leaves one that nobody has waited for."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def strangers() -> Iterator[None]:
+    STRANGERS.update(children())
+    yield
+    STRANGERS.clear()
+
+
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
     """However a run ends, its workers do, and no files and no shared memory stay open."""
@@ -85,9 +96,9 @@ def held() -> Counter[str]:
 
 
 def children() -> list[int]:
-    """Processes that this one started, ended ones that nobody has waited for included."""
+    """Processes that this one has started since these tests began, ended ones that nobody has waited for included."""
     found = (path.read_text().split() for path in Path("/proc/self/task").glob("*/children"))
-    return [int(pid) for each in found for pid in each]
+    return [int(pid) for each in found for pid in each if int(pid) not in STRANGERS]
 
 
 def config(method: str, *overrides: str, net: str = "batch") -> Config:
