@@ -396,6 +396,9 @@ CLAIMS = (
                 for row, words in (("fedavg", "FedAvg"), ("moon", "MOON"))
             ),
         ],
+        note="All lose by the headline, ReGL nine points of 53, FedAvg twelve of 31, MOON fifteen of 32; ReGL keeps "
+        "more than twice what they have. At the end of the runs it has lost five. A client of a hundred has 20 images "
+        "and makes 400.",
     ),
     Claim(
         "ReGL",
@@ -412,6 +415,8 @@ CLAIMS = (
                 ).called(f"gain of a doubling up to 2,000 − gain from 2,000 to 4,000, {words}", above=0.0),
             )
         ],
+        note="Not where a Gaussian makes them: for food 500 a class (50 here) do as well as 4,000. On EuroSAT, with a "
+        "flow, it grows and flattens as the paper says.",
     ),
     Claim(
         "ReGL",
