@@ -390,8 +390,7 @@ def _words(cell: Cell) -> dict[str, Any]:
     """What the table's files say of a cell beside its configuration: where it departs from the paper, what the paper
     prints in its place (in per cent) and why that cannot be relied on."""
     found = experiment(cell.table)
-    column = cell.column.like or cell.column.key
-    printed = list(found.printed.get(cell.row.key, {}).get(column, ()))
+    printed = list(found.printed.get(cell.row.key, {}).get(cell.column.key, ()))
     return {
         "departures": [*found.departures(cell.profile), *filter(None, [cell.row.note, cell.column.note])],
         "printed": printed,
