@@ -382,7 +382,7 @@ def test_flowers_own_list_has_what_admission_needs(two: Path, tmp_path: Path, mo
 def test_a_processs_groups_are_found_with_proc_or_ps_and_it_ends_without_either(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    words = [sys.executable, "-c", "import os; os.setsid() if os.fork() == 0 else 0; print(1, flush=True); input()"]
+    words = [sys.executable, "-c", "import os; os.setsid() if os.fork() == 0 else 0; os.write(1, b'1\\n'); input()"]
     process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdout is not None and process.stdin is not None
     with process.stdin, process.stdout:

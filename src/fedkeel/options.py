@@ -83,14 +83,19 @@ class Option:
     meaning: Meaning
 
 
-def options(cls: type) -> list[Option]:
+def options(cls: type) -> tuple[Option, ...]:
     """The options of a dataclass in the order of its fields (nested sections excluded)."""
+    return _options(cls)
+
+
+@cache
+def _options(cls: type) -> tuple[Option, ...]:
     hints = _hints(cls)
-    return [
+    return tuple(
         Option(field.name, _kind(hints[field.name]), field.default, field.metadata["meaning"])
         for field in dataclasses.fields(cls)
         if "meaning" in field.metadata
-    ]
+    )
 
 
 def build(cls: type[T], table: Mapping[str, object], path: str = "") -> T:

@@ -8,12 +8,11 @@ hence one run.
 
 from __future__ import annotations
 
-import copy
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -147,7 +146,7 @@ class Cell:
     def name(self) -> str:
         return f"{self.row.key}--{self.column.key}--seed{self.seed}"
 
-    @property
+    @cached_property
     def key(self) -> str:
         """What decides its numbers."""
         return self.config.key()
@@ -277,16 +276,17 @@ def _data(column: Column, profile: str) -> Table:
 
 
 def laid(table: Table, over: Table) -> dict[str, object]:
-    """A copy of `table` with the keys of `over`, section by section. A section that is named otherwise there is
-    replaced: options of another thing do not carry over."""
-    out = copy.deepcopy(dict(table))
+    """`table` with the keys of `over`, section by section, as a table of its own; sections that it leaves as they are
+    it shares with them. A section that is named otherwise there is replaced: options of another thing do not carry
+    over."""
+    out = dict(table)
     for key, value in over.items():
         before = out.get(key)
         if isinstance(value, Mapping) and isinstance(before, Mapping):
             other = "name" in value and value["name"] != before.get("name")
-            out[key] = copy.deepcopy(dict(value)) if other else laid(before, value)
+            out[key] = value if other else laid(before, value)
         else:
-            out[key] = copy.deepcopy(value)
+            out[key] = value
     return out
 
 
