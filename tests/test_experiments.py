@@ -195,14 +195,14 @@ def test_numbers_that_contradict_others_are_marked():
         ("regl-t5", "fedopt", "fruit-001"),
         ("regl-t7", "fedopt", "fruit-m5"),
     ]:
-        assert experiment(table).mark(row, column), (table, row, column)
-    assert not experiment("fbl-t1").mark("fedavg", "c10-01")
+        assert experiment(table).printed_at(row, column)[1], (table, row, column)
+    assert not experiment("fbl-t1").printed_at("fedavg", "c10-01")[1]
 
 
 def test_another_reading_of_a_column_has_its_numbers_and_marks():
     found = experiment("fbl-t1")
     assert found.printed["fbl-25"]["c100-01+conv"] == found.printed["fbl-25"]["c100-01"]
-    assert found.mark("fbl-25", "c100-01+conv") == found.mark("fbl-25", "c100-01")
+    assert found.printed_at("fbl-25", "c100-01+conv") == found.printed_at("fbl-25", "c100-01")
     assert experiment("regl-t1").printed["fedavg"]["in100-share5"] == [39.1]
 
 

@@ -305,14 +305,15 @@ def _headline(name: str) -> str:
 # words ----------------------------------------------------------------------------------------------------------------
 
 
-def prose(text: str) -> str:
-    """Plain text of a docstring as Markdown: code stays, papers and pages become links, the rest is taken literally."""
+def prose(text: str, up: str = "../") -> str:
+    """Plain text of a docstring as Markdown: code stays, papers and pages become links, the rest is taken literally.
+    up: the way to docs/ from the page that it stands on."""
     parts = text.split("`")
     parts[::2] = [re.sub(r"([*_\[\]|\\])", r"\\\1", part).replace("<", "&lt;") for part in parts[::2]]
     said = "`".join(parts)
     said = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", said)
     said = re.sub(r"\(OpenReview (\w+)\)", r"([OpenReview](https://openreview.net/forum?id=\1))", said)
-    return re.sub(r"docs/([\w-]+)\.md", r"[\1](../\1.md)", said)
+    return re.sub(r"docs/([\w-]+)\.md", rf"[\1]({up}\1.md)", said)
 
 
 def toml(value: object) -> str:
@@ -478,7 +479,7 @@ def _signed(name: str, function: Any) -> str:
 def _said(thing: Any) -> list[str]:
     """A docstring's paragraphs as Markdown of a page of docs/."""
     paragraphs = inspect.cleandoc(thing.__doc__ or "").split("\n\n")
-    return [prose(" ".join(each.split())).replace("](../", "](") for each in paragraphs]
+    return [prose(" ".join(each.split()), up="") for each in paragraphs]
 
 
 FIGURES = {

@@ -390,11 +390,11 @@ def _words(cell: Cell) -> dict[str, Any]:
     """What the table's files say of a cell beside its configuration: where it departs from the paper, what the paper
     prints in its place (in per cent) and why that cannot be relied on."""
     found = experiment(cell.table)
-    printed = list(found.printed.get(cell.row.key, {}).get(cell.column.key, ()))
+    printed, mark = found.printed_at(cell.row.key, cell.column.key)
     return {
         "departures": [*found.departures(cell.profile), *filter(None, [cell.row.note, cell.column.note])],
-        "printed": printed,
-        "mark": found.mark(cell.row.key, cell.column.key) if printed else "",
+        "printed": list(printed),
+        "mark": mark,
     }
 
 

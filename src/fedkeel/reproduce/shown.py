@@ -216,8 +216,7 @@ def _in_order(lines: Mapping[str, L], keys: Collection[str]) -> list[L]:
 def _spot(found: Experiment, row: Row, column: Column, outcomes: Sequence[Outcome], letters: dict[str, str]) -> Spot:
     """letters: of footnotes, by their texts; a new text gets the next one."""
     values = {each.cell.seed: each.headline() for each in outcomes}
-    printed = tuple(found.printed.get(row.key, {}).get(column.key, ()))
-    text = found.mark(row.key, column.key) if printed else ""
+    printed, text = found.printed_at(row.key, column.key)
     return Spot(
         wanted=tuple(values),
         ours={seed: 100 * value for seed, value in values.items() if value is not None},

@@ -124,10 +124,12 @@ class Experiment:
             [column for column in self.columns.values() if profile in column.only],
         )
 
-    def mark(self, row: str, column: str) -> str:
-        """Why the printed number of this cell cannot be relied on; "" where it can."""
+    def printed_at(self, row: str, column: str) -> tuple[tuple[float, ...], str]:
+        """What the paper prints in this place, in per cent, and why it cannot be relied on; "" where it can."""
+        numbers = tuple(self.printed.get(row, {}).get(column, ()))
         column = self.columns[column].like or column
-        return "; ".join(self.marks[key] for key in (f"{row}.{column}", row, column) if key in self.marks)
+        keys = (f"{row}.{column}", row, column) if numbers else ()
+        return numbers, "; ".join(self.marks[key] for key in keys if key in self.marks)
 
 
 @dataclass(frozen=True)
