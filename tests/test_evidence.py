@@ -76,7 +76,7 @@ TWO, MISSING = {1: 3.0, 2: 2.0}, {1: 3.0}
     [
         ([SEEN, SEEN], "holds"),
         ([SEEN, OPEN], "holds in part (1 of 2)"),
-        ([SEEN, AGAINST, SEEN], "holds in part (2 of 3)"),
+        ([SEEN, AGAINST, SEEN, OPEN], "holds in part (2 of 4, 1 the other way round)"),
         ([OPEN, AGAINST], "does not hold"),
         ([OPEN, OPEN], "no clear difference"),
         ([MISSING, {}], "one seed, not judged"),
@@ -244,8 +244,8 @@ def test_a_run_that_diverged_counts_as_chance(judged: ModuleType, monkeypatch: p
     ("curve", "headline", "end"),
     [
         ([0.0] * 10 + [0.5] * 7 + [0.6, 0.7, 0.8], 56.0, 70.0),
-        ([0.0] * 7 + [0.6, 0.7, 0.8], 70.0, 70.0),  # ten rounds are all there are: the last three stand for them
-        ([0.0, None] * 7 + [0.6, None, 0.7, None, 0.8], 70.0, 70.0),  # likewise, every second round measured
+        ([0.0] * 7 + [0.6, 0.7, 0.8], 21.0, 70.0),  # ten rounds are all there are
+        ([0.0, None] * 7 + [0.6, None, 0.7, None, 0.8], 21.0, 70.0),  # likewise, every second round measured
     ],
 )
 def test_the_end_of_a_run(
@@ -263,6 +263,17 @@ def test_the_end_of_a_run(
     assert judged.of("fbl-t3", "m1", "c10")[1] == pytest.approx(headline)
     assert judged.of("fbl-t3", "m1", "c10", "end")[1] == pytest.approx(end)
     assert judged.of("fbl-t3", "m1", "c10", "printed") == {0: 75.16}
+
+
+def test_the_end_of_personal_models_is_not_their_best(judged: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best so far looks back over the whole run."""
+    (cell,) = judged.cells(judged.experiment("regl-t4"), "reduced", ["fedrep"], ["fruit-001"], [1])
+    best, last = "personal/accuracy_best", "personal/accuracy_last"
+    curves = {best: [0.25, 0.75, 0.75, 0.75], last: [0.25, 0.75, 0.25, 0.5]}
+    kept = {"key": cell.key, "headline": {best: 0.75, last: 0.4375}, "rounds": curves}
+    monkeypatch.setattr(judged, "outcomes", lambda table: {("fedrep", "fruit-001", 1): judged.Outcome(cell, kept)})
+    assert judged.of("regl-t4", "fedrep", "fruit-001") == {1: 75.0}
+    assert judged.of("regl-t4", "fedrep", "fruit-001", "end") == {1: 50.0}
 
 
 def test_what_the_papers_printed_passes_their_claims(judged: ModuleType) -> None:
@@ -299,6 +310,14 @@ def test_the_page_says_what_the_cells_say(judged: ModuleType) -> None:
     """After new cells: `python benchmarks/evidence`."""
     made = runpy.run_path(str(EVIDENCE / "__main__.py"))
     assert made["PAGE"].read_text() == made["page"]()
+
+
+def test_the_page_has_every_departure(judged: ModuleType) -> None:
+    from fedkeel.reproduce.tables import protocols
+
+    page = runpy.run_path(str(EVIDENCE / "__main__.py"))["PAGE"].read_text()
+    for family in protocols().values():
+        assert all(f"- {text}\n" in page for text in (*family["reduced"].training, *family["reduced"].departures))
 
 
 def test_every_judged_claim_has_a_sentence(judged: ModuleType) -> None:

@@ -34,7 +34,7 @@ PARTS = {
 def page() -> str:
     """The whole page."""
     numbered = list(enumerate(CLAIMS, 1))
-    counts = Counter(claim.verdict() for claim in CLAIMS)
+    counts = Counter(claim.outcome() for claim in CLAIMS)
     parts = sum(bool(part.values()) for claim in CLAIMS for part in claim.parts)
     lines = [
         "# Evidence",
@@ -69,8 +69,10 @@ def page() -> str:
         "differences holds only when all are seen, and fails with one. So a verdict is worth what its figures are: "
         "read them. "
         f"Beside each stands what the paper's numbers give (*printed*), and the same at the end of the runs: the mean "
-        f"of their last {END} rounds in place of ten, as many runs still rise, baselines more than methods that "
-        "balance.",
+        f"of their last {END} measurements in place of ten, as many runs still rise, baselines more than methods that "
+        "balance. Personal models count by their best round on test images, as the paper's do "
+        "([R-11](reading-the-papers.md)); at the end, by the last ones. Codes such as R-11 and F-21 are those of "
+        "[how we read the papers](reading-the-papers.md).",
         "",
         "## In short",
         "",
@@ -132,7 +134,8 @@ def departures() -> list[str]:
     lines = []
     for paper, family in (("FBL", "fbl"), ("ReGL", "regl")):
         lines += [f"Where all of {paper}'s tables depart from the paper:", ""]
-        lines += [*(f"- {text}" for text in protocols()[family][PROFILE].departures), ""]
+        protocol = protocols()[family][PROFILE]
+        lines += [*(f"- {text}" for text in (*protocol.training, *protocol.departures)), ""]
     return lines
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from fedkeel.record import TAIL, headline
+from fedkeel.record import headline
 from fedkeel.reproduce.cells import Outcome, of_one_data, read
 from fedkeel.reproduce.pictures import Picture, Source, asked
 from fedkeel.reproduce.shown import show
@@ -35,7 +35,9 @@ POINTS, ERRORS = 1.0, 2.0
 """A difference is seen that is as large and so many standard errors away from nothing."""
 
 END = 3
-"""Rounds that are the end of a run: its headline, where it has no more than the ten of any headline."""
+"""Rounds that are the end of a run."""
+LAST = {"personal/accuracy_best": "personal/accuracy_last"}
+"""Metrics that look back over the whole run, and those that its end is read from."""
 
 MEASURED = "measured.json"
 """What figures show in numbers, beside their cells: written by measured.py."""
@@ -45,7 +47,8 @@ Values = dict[int, float]
 Place = tuple[str, str, str]
 """Table, row and column."""
 Reading = Literal["headline", "end", "printed"]
-"""Which number of a cell: the mean of its last ten rounds, that of its last three, or the paper's (as seed 0)."""
+"""Which number of a cell: its headline as in the tables, the mean of its last three measurements, or the paper's (as
+seed 0)."""
 
 
 @dataclass(frozen=True)
@@ -115,22 +118,29 @@ class Claim:
     note: str = ""
     key: str = ""
 
-    def verdict(self, reading: Reading = "headline") -> str:
-        """In words."""
+    def outcome(self, reading: Reading = "headline") -> str:
+        """In a few words, the same for all claims."""
         if self.untestable:
             return "cannot be tested here"
-        found = [part.verdict(reading) for part in self.parts]
-        judged = [each for each in found if each != "missing"]
+        judged = self._judged(reading)
         if not judged:
             return "one seed, not judged" if any(part.values(reading) for part in self.parts) else "not run yet"
-        run = all(len(part.values()) >= SEEDS for part in self.parts)
-        more = "" if run else ", as far as it was run"
-        seen = judged.count("seen")
-        if seen == len(judged):
-            return "holds" + more
-        if seen:
-            return f"holds in part ({seen} of {len(judged)})" + more
-        return ("does not hold" if "contradicted" in judged else "no clear difference") + more
+        if "seen" in judged:
+            return "holds" if set(judged) == {"seen"} else "holds in part"
+        return "does not hold" if "contradicted" in judged else "no clear difference"
+
+    def verdict(self, reading: Reading = "headline") -> str:
+        """The same with how many differences are seen, and whether some of them or a seed are missing."""
+        outcome, judged = self.outcome(reading), self._judged(reading)
+        if outcome == "holds in part":
+            turned = judged.count("contradicted")
+            otherwise = f", {turned} the other way round" if turned else ""
+            outcome += f" ({judged.count('seen')} of {len(judged)}{otherwise})"
+        whole = not judged or self.untestable or all(len(part.values()) >= SEEDS for part in self.parts)
+        return outcome + ("" if whole else ", as far as it was run")
+
+    def _judged(self, reading: Reading) -> list[str]:
+        return [found for part in self.parts if (found := part.verdict(reading)) != "missing"]
 
     def commands(self) -> list[str]:
         """What runs its cells: a command a table."""
@@ -174,10 +184,10 @@ def of(table: str, row: str, column: str, reading: Reading = "headline") -> Valu
 def reached(outcome: Outcome, reading: Reading) -> float | None:
     """In [0, 1]; None where the cell is not done."""
     value, metric = outcome.headline(), outcome.cell.row.metric
-    if value is None or outcome.found is None:
-        return None
-    curve = [each for each in outcome.found["rounds"][metric] if each is not None]
-    return value if reading == "headline" and len(curve) > TAIL else headline(metric, curve[-END:])
+    if value is None or outcome.found is None or reading == "headline":
+        return value
+    metric = LAST.get(metric, metric)
+    return headline(metric, [each for each in outcome.found["rounds"][metric] if each is not None][-END:])
 
 
 def diverged(outcome: Outcome) -> bool:

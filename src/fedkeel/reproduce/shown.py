@@ -259,10 +259,10 @@ def _reasons(
     profile: str,
     rows: Sequence[Row],
     columns: Sequence[Column],
-    outcomes: Collection[Place],
+    outcomes: Mapping[Place, Sequence[Outcome]],
 ) -> tuple[Reason, ...]:
     """What departs from the paper, each text once, as the table's files have it now: a cell that is done has their
-    configuration, whatever words were kept with it."""
+    configuration, whatever words were kept with it. Then updates of clients that were lost."""
     holds: dict[str, dict[Place, None]] = {}
     for text in found.departures(profile):
         holds.setdefault(text, {}).update(dict.fromkeys(outcomes))
@@ -270,6 +270,13 @@ def _reasons(
         for line in lines:
             if line.note:
                 holds.setdefault(line.note, {}).update({place: None for place in outcomes if place[at] == line.key})
+    for place, each in outcomes.items():
+        lost = [(o.cell.seed, o.found["failed"]) for o in each if o.state == "done" and o.found and o.found["failed"]]
+        if lost:
+            counts = ", ".join(f"{count} (seed {seed})" for seed, count in sorted(lost))
+            holds.setdefault(f"client updates that failed, and were left out of their rounds: {counts}", {})[place] = (
+                None
+            )
     labels = {line.key: line.label for line in (*rows, *columns)}
     return tuple(Reason(text, _where(list(places), list(outcomes), labels)) for text, places in holds.items())
 
