@@ -13,7 +13,7 @@ from torch import nn
 from fedkeel.algorithms.base import Algorithm
 from fedkeel.algorithms.scaffold import Scaffold
 from fedkeel.bench import with_statistics
-from fedkeel.local import Training
+from fedkeel.local import Training, full_gradient, losses, shuffled
 from fedkeel.loop import Incoming, run
 from fedkeel.models.split import Split
 from fedkeel.records import Reply, Samples, Server, Update
@@ -176,19 +176,66 @@ def test_reset_statistics_start_as_at_first():
     assert statistics(plain)[0] == pytest.approx(0.9 * 0.4 + 0.4, rel=1e-5)
 
 
-@pytest.mark.parametrize(("policy", "level"), [("recalibrate", (4 * 2 + 4 * 10) / 8), ("recalibrate_real", 2.0)])
-def test_recalibrated_statistics_are_those_of_the_samples(policy, level):
-    """Measured anew after training: the plain mean over batches of 4, of all samples or of the real ones."""
+class Filled(Algorithm):
+    """Real samples at one level, then as many synthetic ones at 10."""
 
-    class Filled(Algorithm):
-        def prepare(self, local):
-            fake = shifted(4, 10)
-            return local.data + Samples.fake_ones(fake.x, fake.y)
+    def prepare(self, local):
+        fake = shifted(len(local.data), 10)
+        return local.data + Samples.fake_ones(fake.x, fake.y)
 
-    worker, server = bed((4,), (2,), Filled(), buffers=policy, batch=4)
+
+@pytest.mark.parametrize(
+    ("policy", "level", "variance"),
+    [("recalibrate", (4 * 2 + 4 * 10) / 8, 17 * 32 / 31), ("recalibrate_real", 2.0, 16 / 15)],
+)
+def test_recalibrated_statistics_are_those_of_the_samples(policy, level, variance):
+    """Measured anew after training, of all samples or of the real ones: 1 within a level, 16 between 2 and 10."""
+    worker, server = bed((4,), (2,), Filled(), buffers=policy, batch=8)
     after = averaged(worker, server, [0])
-    assert statistics(after) == pytest.approx((level, 16 / 15), rel=1e-5)
+    assert statistics(after) == pytest.approx((level, variance), rel=1e-5)
     assert [module.momentum for module in worker._normal] == [0.1]
+
+
+def test_recalibration_does_not_look_at_one_kind_of_samples_at_a_time():
+    """64 samples at 2, then 64 at 10, in batches of 8: in their order no batch would have the variance between them."""
+    worker, server = bed((64,), (2,), Filled(), buffers="recalibrate", batch=8)
+    level, variance = statistics(averaged(worker, server, [0]))
+    assert level == pytest.approx(6.0) and 12 < variance < 18
+
+
+def test_what_is_prepared_sees_the_model_as_received():
+    """Statistics that start anew do so after a method has ranked its samples."""
+    seen = []
+
+    class Ranks(Algorithm):
+        def prepare(self, local):
+            seen.append(worker.weights.buffers.clone())
+            return local.data
+
+    worker, server = bed((4,), (2,), Ranks(), buffers="reset")
+    server = replace(server, buffers=server.buffers + 0.5)
+    averaged(worker, server, [0])
+    assert torch.equal(seen[0], server.buffers) and not torch.equal(server.buffers, worker.initial_buffers)
+
+
+def test_measuring_passes_go_over_mixed_batches():
+    """Each sample once, none left alone at the end; losses stay in place and the gradient is of all."""
+    model, part = Split(nn.Flatten(), nn.Linear(4, 2), 4), shifted(17, 2)
+    worker, server = tiny.worker(model, [part], Training(batch=8, lr=0.1), Filled(), transform=raw)
+    local = worker.open(replace(server, layout=worker.weights.layout), 0, None, {})
+    local.samples = Filled().prepare(local)
+    parts = shuffled(local, 33, 8)
+    assert sorted(torch.cat(list(parts)).tolist()) == list(range(33)) and [len(each) for each in parts] == [8, 8, 8, 9]
+    assert all(0 < int(local.samples.fake[each].sum()) < len(each) for each in shuffled(local, 34, 8)[:4])
+    measured = losses(local, local.samples, "eval")
+    assert (
+        torch.allclose(losses(local, local.samples, "train"), measured) and measured[17:].min() != measured[:17].min()
+    )
+    x = worker.transform(local.samples.x, rng=None, augment=None, device=torch.device("cpu"))
+    loss = nn.functional.cross_entropy(model(x), local.samples.y)
+    (weight, bias) = torch.autograd.grad(loss, [model.head.weight, model.head.bias])
+    expected = torch.cat([weight.flatten(), bias])
+    assert torch.allclose(full_gradient(local, Algorithm()), expected, atol=1e-5)
 
 
 def test_statistics_are_averaged_even_when_the_server_step_is_not_an_average():

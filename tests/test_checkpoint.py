@@ -136,6 +136,10 @@ def test_a_finished_run_is_left_as_it_is(never_stopped, data, tmp_path):
     run(config, data=data, folder=tmp_path / "run")
     assert len(resume(tmp_path / "run", data=data).rounds) == 4
     assert ends(tmp_path / "run") == expected
+    shutil.rmtree(tmp_path / "run" / "checkpoint")  # from nothing it would begin anew, and its log be lost
+    with pytest.raises(CheckpointError, match="is done and has no checkpoint"):
+        resume(tmp_path / "run", data=data)
+    assert ends(tmp_path / "run") == expected
 
 
 @pytest.mark.parametrize("number", [2, 5])

@@ -287,6 +287,14 @@ def test_the_other_bundled_flows(classes: tuple[str, ...], shape: tuple[int, int
     assert (means[:8].mean(0) - means[8:].mean(0)).norm() > 20
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", '{"shape": [3, 8]}', '{"shape": [1, 8, 8], "classes": ["a"]}', "7"])
+def test_a_weights_file_of_something_else_is_one_clear_error(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(1)}, path, {"config": text})
+    with pytest.raises(DataError, match=r"other\.safetensors is not a weights file of a flow"):
+        Bundled(path=str(path)).load(("a",), (1, 8, 8), CPU)
+
+
 def test_marks() -> None:
     """The first eight bytes of SHA-256, as a signed number, whatever the memory looks like."""
     x = torch.tensor([[[[1, 2], [3, 4]]], [[[0, 0], [0, 0]]]], dtype=torch.uint8)
@@ -332,6 +340,11 @@ def test_folder_reads_tables_of_the_hub(pictures: Path, tmp_path: Path) -> None:
     assert torch.equal(source.generate([0, 1, 2], [0, 3, 1]), expected)
     with pytest.raises(PoolError, match="no images of frog"):
         Folder(dir=str(tmp_path)).load(("frog",), (1, 28, 28), CPU)
+    (tmp_path / "above" / "data").mkdir(parents=True)  # as data sets lie on the hub, and as one file
+    table = pa.concat_tables([pq.read_table(path) for path in sorted(tmp_path.glob("train-*"))])
+    pq.write_table(table, tmp_path / "above" / "data" / "train.parquet")
+    again = Folder(dir=str(tmp_path / "above")).load(FEW, (1, 28, 28), CPU)
+    assert torch.equal(again.generate([0, 1, 2], [0, 3, 1]), expected)
     (tmp_path / "train-00002.parquet").write_bytes(b"no table")
     with pytest.raises(DataError, match=r"train-00002\.parquet"):
         Folder(dir=str(tmp_path)).load(FEW, (1, 28, 28), CPU)
@@ -368,6 +381,7 @@ def test_folder_says_what_is_wrong_with_it(pictures: Path, tmp_path: Path) -> No
     with pytest.raises(PoolError, match="no images of frog; there are ankle boot"):
         Folder(dir=str(pictures)).load(("dress", "frog"), (1, 28, 28), CPU)
     (tmp_path / "frog").mkdir()
+    (tmp_path / "frog" / "._1.png").write_bytes(b"hidden")
     (tmp_path / "frog" / "1.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match="'frog', image 1"):
         Folder(dir=str(tmp_path)).load(("frog",), (1, 28, 28), CPU).generate([0], [0])

@@ -20,9 +20,10 @@ from fedkeel import cli
 from fedkeel.errors import ConfigError
 from fedkeel.report.embedding import distances
 from fedkeel.reproduce import command, shown
+from fedkeel.reproduce.asked import KINDS, OF_RUNS, Picture, asked
 from fedkeel.reproduce.cells import Outcome, path_of, read, reproduce, run_of
 from fedkeel.reproduce.drawings import filling, skewed
-from fedkeel.reproduce.pictures import KINDS, OF_RUNS, Picture, Source, asked, draw
+from fedkeel.reproduce.pictures import Source, draw
 from fedkeel.reproduce.tables import Cell, experiment
 
 BASE = {
@@ -75,6 +76,7 @@ def made(cell: Cell, accuracy: float) -> Outcome:
     found = {
         "key": cell.key,
         "headline": {"global/accuracy": accuracy},
+        "failed": 0,
         "departures": [],
         "generator": None,
         "data": {"name": "tiny", "fingerprint": "of the images"},
@@ -143,6 +145,11 @@ def test_lines_and_bars(files: Files, tmp_path: Path) -> None:
     assert curve.caption == "A: 51.00 ± 1.41 at 1 (printed 40.5)."
     assert bars.caption == "FBL & more: 51.00 ± 1.41 at one (printed 40.5), missing at two."
     assert [each["mean"] for each in numbers(tmp_path, "bars")["numbers"]["bars"]["FBL & more"]] == [51, None]
+    row = next(iter(TABLE["printed"]))
+    files["tiny"] = {**files["tiny"], "printed": {row: {**TABLE["printed"][row], "one": [77.5]}}}
+    anew()
+    _, bars = draw(source(tmp_path, {"one": (0.5, 0.52), "two": (None, None)}))
+    assert "(printed 77.5)" in bars.caption, "what is printed beside ours has changed"
 
 
 def test_the_distance_of_class_means_by_hand() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedkeel.errors import PoolError, StorageError
 from fedkeel.generators import store
-from fedkeel.generators.store import Pool, Spent, default_dir
+from fedkeel.generators.store import Pool, Spent, default_root, folder_of
 
 
 @dataclass
@@ -304,10 +304,10 @@ def test_two_processes_may_fill_one_folder(tmp_path: Path) -> None:
 
 def test_where_pools_live(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FEDKEEL_CACHE", str(tmp_path))
-    assert default_dir(Counting()) == tmp_path / "pools" / ("a" * 16)
+    assert default_root() == tmp_path / "pools"
     monkeypatch.delenv("FEDKEEL_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert default_dir(Counting()) == Path.home() / ".cache" / "fedkeel" / "pools" / ("a" * 16)
+    assert default_root() == Path.home() / ".cache" / "fedkeel" / "pools"
 
 
 def test_the_note_in_the_folder(tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_pools_lie_where_doctor_looks_for_them(monkeypatch, tmp_path):
             monkeypatch.delenv(name, raising=False)
         for name, place in variables.items():
             monkeypatch.setenv(name, str(place))
-        assert default_dir(source) == root / "pools" / source.fingerprint()[:16]
+        assert folder_of(default_root(), source.fingerprint()) == root / "pools" / source.fingerprint()[:16]
 
 
 def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:

@@ -187,6 +187,37 @@ def test_shared_pools_are_shared_by_those_with_one_generator(
     assert [len(job.images.of(k)) for k in (0, 1, 3)] == sizes  # nothing more was made
 
 
+def test_later_images_of_a_shared_pool_are_others(data: Dataset, two: dict[str, object], tmp_path: Path) -> None:
+    """Cycle by cycle, as with images of one's own: none comes again, in whatever order a client has them."""
+    job = Job(
+        tiny.config("algorithm.name=fbl", "pool.sharing=shared", f"pool.dir={tmp_path}", *SKEWED, table=two), data
+    )
+    job.generate()
+    wanted = job.plan.fake[0]
+    label = int(wanted.argmax())
+    count = int(wanted[label])
+    assert count > 2
+    pool, size = job.images.of(0), max(count, int(job.images.most(0)[label]))
+    one = torch.zeros_like(wanted)
+    one[label] = count
+    cycles = [job.images(0, one, count * cycle).x for cycle in range(4)]
+    images = pool.take(label, 0, 4 * size)
+    places = [[int((images == image).flatten(1).all(1).nonzero()[0, 0]) for image in cycle] for cycle in cycles]
+    assert len({place for cycle in places for place in cycle}) == 4 * count
+    assert max(places[0]) < size and torch.equal(cycles[0], job.images(0, one, 0).x)
+
+
+def test_a_mistake_in_a_profiles_generator_names_its_section(
+    data: Dataset, two: dict[str, object], tmp_path: Path
+) -> None:
+    fbl = ("algorithm.name=fbl", "profiles.unconstrained_ids=[1]", f"pool.dir={tmp_path}", *SKEWED)
+    table = {**two, "generators": {"unconstrained": {"name": "folder"}}}
+    with pytest.raises(ConfigError, match=r"^generators\.unconstrained\.dir = ''"):
+        Job(tiny.config(*fbl, table=table), data).generate()
+    with pytest.raises(ConfigError, match=r"^generator\.dir = ''"):
+        Job(tiny.config(*fbl, table={"generator": {"name": "folder"}}), data).generate()
+
+
 # what generators take, and say ----------------------------------------------------------------------------------------
 
 

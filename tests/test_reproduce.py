@@ -222,7 +222,7 @@ def test_cells_of_one_configuration_are_one_run(
 ) -> None:
     rows = {"other": {**TINY["rows"]["avg"], "label": "The same", "note": "as the first table has it"}}
     tiny["tiny-2"] = {**TINY, "rows": rows, "printed": {}}
-    tiny["tiny-3"] = {**TINY, "pictures": [{"rows": ["avg"], "column": "a"}]}
+    tiny["tiny-3"] = {**TINY, "pictures": [{"kind": "classes", "title": "x", "rows": ["avg"], "column": "a"}]}
     reproduce(plan(["avg", "other"], ["a"], (), "tiny", "tiny-2"), tmp_path)
     assert ran == ["avg--a--seed1"]
     (copy,) = plan((), ["a"], (), "tiny-2")
@@ -317,7 +317,7 @@ def test_a_damaged_cell_is_one_clear_error(tiny: Files, tmp_path: Path) -> None:
     (cell,) = plan(["avg"], ["a"])
     path = path_of(cell, tmp_path)
     path.parent.mkdir(parents=True)
-    for text in ("{", "[]", '{"row": "avg"}'):
+    for text in ("{", "[]", '{"row": "avg"}', '{"key": "x", "headline": 7}'):
         path.write_text(text)
         result = fedkeel_("tiny", "--profile", "smoke", "--dir", tmp_path, "--show")
         assert result.exit_code == 1
@@ -424,6 +424,7 @@ def made(cell: Cell, accuracy: float, **over: object) -> Outcome:
         "versions": {"fedkeel": "0.1.0", "torch": "2.13.0", "numpy": "2"},
         "commit": "0123456789abcdef",
         "hardware": {"processor": "A processor", "gpu": None},
+        "failed": 0,
         "cpu_seconds": 1800.0,
         "seconds": 900.0,
         "started": "2026-01-02T03:04:05+00:00",
@@ -453,6 +454,35 @@ def table(tiny: Files) -> shown.Shown:
     return shown.show(experiment("tiny"), "reduced", outcomes)
 
 
+def test_footnotes_beyond_z() -> None:
+    assert [shown._letter(at) for at in (0, 25, 26, 51, 52, 701)] == ["a", "z", "aa", "az", "ba", "zz"]
+
+
+def test_updates_that_were_lost_are_told(tiny: Files) -> None:
+    outcomes = [
+        made(cell, 0.5, failed=7 * (cell.name == "prox--b--seed2")) for cell in command.plan(["tiny"], "reduced")
+    ]
+    found = shown.show(experiment("tiny"), "reduced", outcomes)
+    lost = [each for each in found.reasons if "failed" in each.text]
+    assert lost == [
+        shown.Reason("client updates that failed, and were left out of their rounds: 7 (seed 2)", "FedProx in B")
+    ]
+
+
+def test_which_runs_keep_their_checkpoints_for_pictures(tiny: Files) -> None:
+    tiny["tiny"] = {
+        **TINY,
+        "pictures": [
+            {"kind": "classes", "title": "x", "columns": ["a"], "seed": 2},
+            {"kind": "bars", "title": "y", "rows": ["avg"]},
+            {"kind": "histogram", "title": "z", "rows": ["avg"], "column": "b"},
+        ],
+    }
+    anew()
+    kept = {cell.name for cell in command.plan(["tiny"], "reduced") if cells.pictured(cell)}
+    assert kept == {"avg--a--seed2", "prox--a--seed2", "own--a--seed2"}
+
+
 def test_cells_of_other_data_are_never_mixed_in(tiny: Files) -> None:
     """Most cells of a column decide; the key has no images."""
     outcomes = [made(cell, 0.5) for cell in command.plan(["tiny"], "reduced")]
@@ -461,8 +491,8 @@ def test_cells_of_other_data_are_never_mixed_in(tiny: Files) -> None:
     outcomes[at] = made(outcomes[at].cell, 0.9, data={"name": "tiny", "fingerprint": "0123456789abcdef"})
     found = shown.show(experiment("tiny"), "reduced", outcomes)
     assert found.spots["avg", "a"].stale == (2,) and found.spots["avg", "a"].mean == 50
-    assert [text.rpartition(": ")[2] for text in found.stale] == [
-        "run on other data than most cells of its column, 0123456789ab"
+    assert [text.partition(": ")[2] for text in found.stale] == [
+        "run on other data than most cells of its column, 0123456789ab: remove its file, and it is run again"
     ]
 
 

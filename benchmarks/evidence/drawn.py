@@ -14,8 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedkeel.report.plots import FAINT, INK, PALETTE, heading, paper
+from fedkeel.reproduce.asked import OF_TABLE, Picture
 from fedkeel.reproduce.drawings import DRAW
-from fedkeel.reproduce.pictures import OF_TABLE, Picture, Source
+from fedkeel.reproduce.pictures import Source
 from fedkeel.reproduce.shown import show
 from fedkeel.reproduce.tables import experiment
 

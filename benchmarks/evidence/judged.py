@@ -21,8 +21,9 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from fedkeel.record import headline
+from fedkeel.reproduce.asked import Picture, asked
 from fedkeel.reproduce.cells import Outcome, of_one_data, read
-from fedkeel.reproduce.pictures import Picture, Source, asked
+from fedkeel.reproduce.pictures import Source
 from fedkeel.reproduce.shown import show
 from fedkeel.reproduce.tables import Cell, cells, experiment
 

@@ -21,9 +21,10 @@ from judged import CELLS, MEASURED, PROFILE, SEEDS, cells_of, stands_on
 
 from fedkeel.errors import DataError, FedkeelError
 from fedkeel.files import write, write_json
+from fedkeel.reproduce.asked import OF_CONFIG, OF_RUNS, OF_TABLE, Picture, asked
 from fedkeel.reproduce.cells import path_of, reproduce
 from fedkeel.reproduce.drawings import DRAW
-from fedkeel.reproduce.pictures import OF_CONFIG, OF_RUNS, OF_TABLE, Picture, Source, asked
+from fedkeel.reproduce.pictures import Source
 from fedkeel.reproduce.shown import show
 from fedkeel.reproduce.tables import experiment
 

@@ -204,9 +204,11 @@ def reproduce(
     workers: Annotated[int, typer.Option(min=1, help="Cells at once, a process of one thread each.")] = 1,
     keep: Annotated[
         bool,
-        typer.Option("--keep", help="Keep checkpoints and client states; runs that have lost them are made again."),
+        typer.Option("--keep", help="Keep checkpoints and client states of the runs made now."),
     ] = False,
-    show_only: Annotated[bool, typer.Option("--show", help="Run nothing: show what is there.")] = False,
+    show_only: Annotated[
+        bool, typer.Option("--show", help="Run nothing: show what is there, and write its table and pictures.")
+    ] = False,
     form: Annotated[str, typer.Option("--format", metavar="NAME", help="text, markdown or html.")] = "text",
     as_json: AsJson = False,
 ) -> None:
@@ -614,7 +616,7 @@ def _numbers(key: str, text: str) -> list[int]:
     for word in _words(text):
         if not word.isdecimal():
             raise ConfigError(key, word, "must be whole numbers, such as 1,2,3")
-    return [int(word) for word in _words(text)]
+    return list(dict.fromkeys(int(word) for word in _words(text)))
 
 
 def _inspect(job: Job, console: Console, folder: Path, images: int, client: int | None, as_json: bool) -> None:

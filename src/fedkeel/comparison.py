@@ -16,12 +16,13 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from fedkeel.config import Config, Table, check_algorithm, override, parse, read, spec_parts, with_method
+from fedkeel.config import NO_NUMBERS, Config, Table, check_algorithm, override, parse, read, spec_parts, with_method
 from fedkeel.data.dataset import Dataset
 from fedkeel.errors import CheckpointError, ConfigError, RunError, UserError
 from fedkeel.files import write_json
 from fedkeel.job import validating
 from fedkeel.loop import Result, run
+from fedkeel.options import flat
 from fedkeel.record import Listener, Record, Silent
 
 _MARK = ".again"
@@ -169,7 +170,7 @@ def _finished(cell: Cell) -> bool:
     except UserError as error:
         raise CheckpointError(f"{cell.folder} holds a run that cannot be read ({error}); remove it") from None
     if there.key() != cell.config.key():
-        differ = differing(cell.config.table(), there.table())
+        differ = differing(cell.config, there.table())
         shown = ", ".join(f"{key} = {theirs!r} there, {mine!r} here" for key, mine, theirs in differ[:3])
         raise CheckpointError(f"{cell.folder} holds a run of another configuration: {shown}; remove it or choose --dir")
     log = cell.folder / "rounds.jsonl"
@@ -185,9 +186,6 @@ def _check_data(folders: Sequence[Path], config: Config, data: Dataset) -> None:
         if then != now:
             fingerprints = f"data fingerprint {then[:12]} there, {now[:12]} here"
             raise CheckpointError(f"{folder} holds a run on other data: {fingerprints}; remove it or choose --dir")
-
-
-_OWN = ("name", "runs_dir", "runtime", "device")
 
 
 def _read(folder: Path) -> Result:
@@ -209,19 +207,16 @@ def _summary(planned: Sequence[Cell], results: Mapping[tuple[str, int], Result])
     return {"methods": methods}
 
 
-def differing(mine: Mapping[str, object], theirs: Mapping[str, object]) -> list[tuple[str, object, object]]:
-    """The dotted keys in which two configurations differ, as far as they decide numbers, with both values; None for a
-    key that is not there."""
-    here, there = _flat(mine), _flat(theirs)
-    keys = (key for key in {**here, **there} if key not in _OWN)
-    return [(key, here.get(key), there.get(key)) for key in keys if here.get(key) != there.get(key)]
-
-
-def _flat(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    out: dict[str, object] = {}
-    for key, value in table.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return out
+def differing(mine: Config, theirs: Mapping[str, object]) -> list[tuple[str, object, object]]:
+    """The dotted keys in which a configuration differs from the table of another, as far as they decide numbers, with
+    both values; None for a key that is not there."""
+    tables: list[Mapping[str, object]]
+    try:
+        tables = [mine.decisive(), parse(theirs).decisive()]
+    except UserError:  # of another version, or of methods that are not installed here
+        tables = [{key: each[key] for key in each if key not in NO_NUMBERS} for each in (mine.table(), theirs)]
+    here, there = (flat(json.loads(json.dumps(each))) for each in tables)  # tuples are lists there
+    return [(key, here.get(key), there.get(key)) for key in {**here, **there} if here.get(key) != there.get(key)]
 
 
 class _Held:

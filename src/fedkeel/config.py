@@ -293,9 +293,9 @@ class Config:
 
     def decisive(self) -> dict[str, object]:
         """What the key is made of."""
-        table = {key: value for key, value in self._table(keyed).items() if key not in _NO_NUMBERS}
+        table = {key: value for key, value in self._table(keyed).items() if key not in NO_NUMBERS}
         table["pool"] = self.pool.sharing
-        table["evaluate"] = {key: value for key, value in keyed(self.evaluate).items() if key not in _NO_NUMBERS}
+        table["evaluate"] = {key: value for key, value in keyed(self.evaluate).items() if key not in NO_NUMBERS}
         return table
 
 
@@ -308,11 +308,12 @@ NAMED = {
     "generator": "generators",
 }
 """Sections that name a thing, and its room; the keys of all others are fixed."""
-_NO_NUMBERS = {
+NO_NUMBERS = {
     "name", "runs_dir", "runtime", "workers", "lanes", "checkpoint_every",
     "memory", "tensorboard", "mlflow", "pool", "device", "on_failure", "federation", "ray",
     "min_replies", "local_rounds", "local_clients",
 }  # fmt: skip
+"""Keys that have no say in a run's numbers."""
 _DEFAULTS: dict[str, dict[str, object]] = {
     "data": {"name": "fashion"},
     "partition": {"name": "dirichlet"},

@@ -26,6 +26,16 @@ from collections.abc import Iterable, Mapping
 class FedkeelError(Exception):
     """Root of the tree."""
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """From a worker to the process that started it: as text and attributes, whatever it was made of."""
+        return _again, (type(self), str(self), self.__dict__)
+
+
+def _again(kind: type[FedkeelError], text: str, attributes: dict[str, object]) -> FedkeelError:
+    error = kind.__new__(kind, text)
+    error.__dict__.update(attributes)
+    return error
+
 
 class UserError(FedkeelError):
     """The user's input is wrong."""

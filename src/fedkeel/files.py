@@ -65,8 +65,10 @@ def locked(folder: Path, refusal: Exception) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise refusal from None
+        except OSError as error:  # not every network file system has locks
+            raise StorageError(f"cannot lock {folder}: {error.strerror or error}") from error
         yield
 
 

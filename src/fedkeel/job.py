@@ -85,10 +85,11 @@ class Images:
         for label, count in enumerate(counts.tolist()):
             if count == 0:
                 continue
-            if self.shared:
-                there = pool.take(label, 0, max(count, int(most[label])) + first)
-                order = torch.randperm(len(there), generator=self.job.streams("pool", client, label))
-                x.append(there[order[:count]])
+            if self.shared:  # the client's own order: all of a block in some order, then those of the next
+                block, stream = max(count, int(most[label])), self.job.streams("pool", client, label)
+                starts = range(0, first + count, block)
+                order = torch.cat([start + torch.randperm(block, generator=stream) for start in starts])
+                x.append(pool.take(label, 0, len(order))[order[first : first + count]])
             else:
                 x.append(pool.take(label, client, first + count)[first:])
             y.append(torch.full((count,), label))
@@ -320,7 +321,7 @@ class Job:
 
     def mail(self, server: Server, client: int) -> Mapping[str, Tensor]:
         """What the server sends to this client alone."""
-        return self.method.mail(replace(server, lab=self.lab(server.round)), client)
+        return self.method.mail(replace(server, lab=self.lab(server.round), samples=self.total), client)
 
     @property
     def total(self) -> int:
@@ -463,8 +464,14 @@ class Job:
             )
         if generator not in self._loaded:
             data = self.data
-            with heard(self.tell, self._said):
-                source = generator.load(data.classes, data.shape, self.device, data.public)
+            try:
+                with heard(self.tell, self._said):
+                    source = generator.load(data.classes, data.shape, self.device, data.public)
+            except ConfigError as error:  # generators do not know of which section they are
+                profiles = [] if self.config.generators is None else self.config.generators.items()
+                section = next((f"generators.{name}" for name, own in profiles if own == generator), "generator")
+                key = section + error.key.removeprefix("generator")
+                raise ConfigError(key, error.value, error.allowed, error.near) from error
             self._warn_of_leaks(source)
             self._loaded[generator] = source
         return self._loaded[generator]

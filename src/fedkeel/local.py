@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -223,11 +223,11 @@ class Worker:
         metrics: dict[str, float] = {}
         if measure is not None:
             metrics |= {f"local_before/{name}": value for name, value in measure(self.model).items()}
-        if self.training.buffers == "reset":
-            self.weights.buffers.copy_(self.initial_buffers)
-        local.samples = self.algorithm.prepare(local)
+        local.samples = self.algorithm.prepare(local)  # may look at the model as received
         if len(local.samples) == 0:
             raise Absent("nothing to train on in this round")
+        if self.training.buffers == "reset":
+            self.weights.buffers.copy_(self.initial_buffers)
         return local, metrics
 
     def finish(self, local: Local, measure: Measure | None, before: Mapping[str, float]) -> Reply:
@@ -344,9 +344,8 @@ class Worker:
         self.model.train()
         try:
             with torch.no_grad():
-                for rows in torch.split(torch.arange(len(samples)), self.training.batch):
-                    if len(rows) > 1 or len(samples) == 1:
-                        self.model(local.transform(samples.x[rows], rng=None, augment=None, device=self.device))
+                for rows in shuffled(local, len(samples), self.training.batch):
+                    self.model(local.transform(samples.x[rows], rng=None, augment=None, device=self.device))
         finally:  # the network serves other clients after one that failed
             for module, momentum in zip(self._normal, momenta, strict=True):
                 module.momentum = momentum
@@ -497,12 +496,20 @@ def mixed(order: Tensor, fake: Tensor, size: int, ratio: float) -> Tensor:
     return torch.where(is_real, real[number % len(real)], made[number % len(made)])
 
 
-def plain_batches(local: Local, samples: Samples, size: int) -> Iterator[Batch]:
-    """`samples` in order, without augmentation."""
-    for rows in torch.split(torch.arange(len(samples)), size):
-        part = samples.take(rows)
-        x = local.transform(part.x, rng=None, augment=None, device=local.device)
-        yield Batch(x, part.y.to(local.device), part.fake, part.index)
+def shuffled(local: Local, number: int, size: int) -> Sequence[Tensor]:
+    """Rows of so many samples in batches for BatchNorm to look at: in random order, as samples may lie class by class
+    (synthetic ones do), and none alone at the end, which has no variance. The order is a stream of its own."""
+    parts = list(torch.split(torch.randperm(number, generator=local.rng("measure")), size))
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
+
+
+def plain_batch(local: Local, samples: Samples, rows: Tensor) -> Batch:
+    """These of the samples, without augmentation."""
+    part = samples.take(rows)
+    x = local.transform(part.x, rng=None, augment=None, device=local.device)
+    return Batch(x, part.y.to(local.device), part.fake, part.index)
 
 
 @contextmanager
@@ -533,12 +540,14 @@ def losses(local: Local, samples: Samples, mode: Literal["eval", "train"] = "eva
 
     Draws nothing and leaves BatchNorm's statistics alone, in either mode.
     """
+    size = max(local.batch_size, 256)
+    order = torch.split(torch.arange(len(samples)), size) if mode == "eval" else shuffled(local, len(samples), size)
+    out = torch.empty(len(samples))
     with torch.no_grad(), statistics_kept(local.model), in_mode(local.model, mode):
-        parts = [
-            nn.functional.cross_entropy(local.model(batch.x), batch.y, reduction="none").cpu()
-            for batch in plain_batches(local, samples, max(local.batch_size, 256))
-        ]
-    return torch.cat(parts)
+        for rows in order:
+            batch = plain_batch(local, samples, rows)
+            out[rows] = nn.functional.cross_entropy(local.model(batch.x), batch.y, reduction="none").float().cpu()
+    return out
 
 
 def full_gradient(local: Local, algorithm: Algorithm) -> Tensor:
@@ -551,7 +560,8 @@ def full_gradient(local: Local, algorithm: Algorithm) -> Tensor:
     total = torch.zeros_like(trained)
     with statistics_kept(local.model):
         local.params.copy_(local.anchor)
-        for batch in plain_batches(local, local.samples, local.batch_size):
+        for rows in shuffled(local, len(local.samples), local.batch_size):
+            batch = plain_batch(local, local.samples, rows)
             loss = algorithm.loss(aside, batch) * (len(batch) / len(local.samples))
             grads = torch.autograd.grad(loss, [named[entry.name] for entry in parameters], allow_unused=True)
             for entry, grad in zip(parameters, grads, strict=True):

@@ -88,9 +88,14 @@ def run(
 
 
 def resume(folder: Path, *, data: Dataset | None = None, listener: Listener | None = None) -> Result:
-    """Goes on with a run where it stopped. Raises CheckpointError when there is none."""
+    """Goes on with a run where it stopped. Raises CheckpointError when there is none, or one that is done and whose
+    checkpoint was removed: it would begin anew, and what is there be lost."""
     if not (folder / "config.toml").is_file():
         raise CheckpointError(f"{folder} holds no run (no config.toml)")
+    if (folder / "model.safetensors").is_file() and not (folder / "checkpoint").is_dir():
+        raise CheckpointError(
+            f"{folder} holds a run that is done and has no checkpoint: there is nothing to go on with"
+        )
     config = read(folder / "config.toml")
     label = str(_manifest(folder).get("label", ""))
     return run(config, data=data, folder=folder, listener=listener, resume=True, label=label)

@@ -139,6 +139,14 @@ def plain(thing: object, leave_out: Container[str] = ()) -> dict[str, object]:
     return out
 
 
+def flat(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Dotted key -> value of nested tables."""
+    out: dict[str, object] = {}
+    for key, value in table.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return out
+
+
 def keyed(thing: object) -> dict[str, object]:
     """`plain`, where options younger than recorded runs stand as they did in those when they have their defaults."""
     out = plain(thing)

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fedkeel.algorithms.base import Algorithm
 from fedkeel.evaluate import evaluate
 from fedkeel.local import Training, descend
 from fedkeel.options import option
@@ -143,7 +142,7 @@ def curve_of(
         with isolated(local.rng("layers", "tune")):
             for _ in range(options.epochs):
                 local.model.train()
-                descend(local, Algorithm(), training, job.worker.weights, Phase(1))
+                descend(local, job.method.tuning(), training, job.worker.weights, Phase(1))
                 curve.append(accuracy())
     return curve, len(rows)
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fedkeel.errors import CheckpointError, ConfigError, MissingExtra, StorageError
 from fedkeel.files import write, write_json
+from fedkeel.options import flat
 
 if TYPE_CHECKING:
     from fedkeel.config import Config
@@ -225,7 +226,9 @@ class MLflow:
         number = client.create_experiment(EXPERIMENT) if found is None else found.experiment_id
         self.run = client.create_run(number, run_name=self.config.name, tags={"label": label}).info.run_id
         options = [
-            self.mlflow.entities.Param(name, text) for name, text in _flat(self.config.table()) if name != "mlflow"
+            self.mlflow.entities.Param(name, str(value))
+            for name, value in flat(self.config.table()).items()
+            if name != "mlflow"
         ]
         for first in range(0, len(options), 100):  # as many as it takes at once
             client.log_batch(self.run, params=options[first : first + 100])
@@ -289,12 +292,3 @@ class Several:
 
 def _scalars(record: Record) -> dict[str, float]:
     return {key: float(value) for key, value in record.items() if isinstance(value, (int, float)) and key != "round"}
-
-
-def _flat(table: Mapping[str, object], before: str = "") -> Iterator[tuple[str, str]]:
-    """Options by their dotted names, as a run's overrides are written."""
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield before + key, str(value)

@@ -18,6 +18,7 @@ from fedkeel.local import Training, Worker
 from fedkeel.models.split import Split
 from fedkeel.records import Batch, Lab, Local, Reply, Samples, Server
 from fedkeel.rng import Streams
+from fedkeel.weights import Statistics
 
 CURVATURE, OPTIMUM, SIZES = (1.0, 2.0), (0.0, 3.0), (1, 3)
 
@@ -104,6 +105,12 @@ class Bed:
             self.replies.append(reply)
         updates = [replace(reply.update, client=reply.client, buffers=reply.buffers) for reply in self.replies]
         after = self.method.aggregate(self.server, iter(updates))
+        if after.buffers is self.server.buffers:  # as a run does: no method has said otherwise
+            statistics = Statistics(self.server.layout, "mean")
+            for update in updates:
+                statistics.add(update.buffers, update.weight)
+            average = statistics.average()
+            after = after if average is None else replace(after, buffers=average)
         self.server = replace(after, round=self.server.round + 1)
         for reply in self.replies:
             self.states[reply.client] = dict(reply.state)

@@ -10,6 +10,7 @@ from torch import nn
 from fedkeel.algorithms.base import Algorithm
 from fedkeel.algorithms.fbl import FBL, Aligned
 from fedkeel.algorithms.feddbe import FedDBE
+from fedkeel.algorithms.feddyn import FedDyn
 from fedkeel.algorithms.fedprox import FedProx
 from fedkeel.algorithms.scaffold import Scaffold
 from fedkeel.balance.choose import choose
@@ -164,6 +165,7 @@ def test_ties_go_by_number():
         (120, 0.1, "fill_from_old", 100, 80),  # check 8
         (120, 0.1, "shrink", 30, 10),
         (120, 0.1, "with_replacement", 100, 10),
+        (100, 0.1, "with_replacement", 100, 100),  # no new ones at all
         (250, 1.0, "fill_from_old", 100, 100),  # check 9
         (250, 0.0, "fill_from_old", 100, 0),
     ],
@@ -492,6 +494,14 @@ def test_shared_offsets_are_averaged_by_those_who_trained_them():
         own = place.view(one.replies[k].update.delta)
         assert torch.allclose(rows[label], own[label], atol=1e-6)
         assert not own[1 - label].any()
+
+
+@pytest.mark.parametrize("base", [Scaffold(), FedDyn()])
+def test_shared_offsets_need_a_plain_average(base):
+    """A correction moves rows that a client has not trained, and what is not a mean cannot be scaled by who trained."""
+    with pytest.raises(ConfigError, match=r"share = 'fedavg_rows': .* in a way of its own: must be 'local' over it"):
+        FBL(share="fedavg_rows", base=base)
+    FBL(base=base)
 
 
 def test_shared_offsets_cannot_start_anew():

@@ -142,8 +142,8 @@ def test_a_step_never_goes_beyond_the_mixture():
     assert local.lr * bed.method.correct(local, torch.zeros(1)).item() == pytest.approx(3.0)
 
 
-@pytest.mark.parametrize("options", [{"alpha": 1.0}, {"form": "heuristic"}])
-@pytest.mark.parametrize("number", [1500, 30_000])
+@pytest.mark.parametrize("options", [{"alpha": 1.0, "form": "heuristic"}, {"form": "heuristic"}])
+@pytest.mark.parametrize("number", [1600, 30_000])
 def test_an_alpha_that_has_vanished_lands_on_the_mixture(options, number):
     """10^-50 is no float32, 10^-1000 no float64: lambda/alpha is above 1/eta, and the step is the whole way to u."""
     bed = Bed(FedAMPQ(**options))
@@ -214,7 +214,8 @@ def test_heuristic_form():
     """alpha, for the pull alone, falls tenfold every 30 rounds."""
     method = FedAMP(form="heuristic", self_weight=0.25)
     assert [method.step(t) for t in (0, 29, 30, 65)] == pytest.approx([1e4, 1e4, 1e3, 1e2])
-    assert FedAMP(alpha=2.0, alpha_decay=0.5).step(60) == 0.5
+    assert FedAMP(alpha=2.0, alpha_decay=0.5).step(60) == 2.0  # a given alpha of the exact form stays
+    assert FedAMP(alpha=2.0, alpha_decay=0.5, form="heuristic").step(60) == 0.5
     one = torch.tensor([1.0, 0.0, 1.0])
     assert method.compare(one, torch.tensor([1.0, 0.0, 0.0])) == pytest.approx(math.sqrt(0.5))
     weights = method.mixture(torch.tensor([[1.0, 0.3], [0.3, 1.0]]), 0)

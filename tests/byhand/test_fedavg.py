@@ -1,5 +1,7 @@
 """FedAvg against closed forms (McMahan et al. 2017)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from bed import Bed, on_quadratic
@@ -32,13 +34,15 @@ def test_fixed_point(weights, steps, limit):
     assert bed.x == pytest.approx(limit, abs=1e-5)
 
 
-def test_equal_clients_are_centralised_gradient_descent():
-    bed = Bed(FedAvgQ(weights="uniform"), sizes=(2, 2))
-    bed.method = FedAvgQ(weights="uniform")
-    bed.worker.data = lambda client: bed.data[0]
-    bed.round([0])
-    alone = bed.x
-    assert alone == pytest.approx(0.81)
+@pytest.mark.parametrize("weights", ["uniform", "samples"])
+def test_equal_clients_are_centralised_gradient_descent(weights, monkeypatch):
+    """Both with f_1: two steps of 1 - 0.1 a round, as one of them alone makes."""
+    monkeypatch.setattr("bed.CURVATURE", (1.0, 1.0))
+    monkeypatch.setattr("bed.OPTIMUM", (0.0, 0.0))
+    bed = Bed(FedAvgQ(weights=weights), sizes=(2, 6))
+    for number in (1, 2):
+        bed.round()
+        assert bed.x == pytest.approx(0.81**number)
 
 
 @pytest.mark.parametrize(("weights", "expected"), [("samples", 1 - 0.19 / 4), ("uniform", 1 - 0.19 / 2)])
@@ -56,20 +60,28 @@ def test_a_constant_shift_of_all_models_shifts_the_average_by_it(denominator):
     bed = Bed(method)
     bed.round([1])
     update = bed.replies[0].update
-    from dataclasses import replace
-
     shifted = method.aggregate(bed.server, [replace(update, delta=update.delta + 2.0)]).params
     plain = method.aggregate(bed.server, [update]).params
     assert (shifted - plain).item() == pytest.approx(2.0 if denominator == "participants" else 2.0 * 3 / 4)
 
 
-def test_the_order_of_updates_is_the_only_thing_that_could_matter():
-    """Same clients, same numbers: nothing in FedAvg remembers an earlier round."""
-    bed, again = Bed(FedAvgQ()), Bed(FedAvgQ())
-    for one in (bed, again):
-        one.round([0])
-        one.round([0, 1])
-    assert torch.equal(bed.server.params, again.server.params)
+def test_the_order_of_updates_does_not_matter():
+    bed = Bed(FedAvgQ())
+    before = bed.server
+    bed.round()
+    updates = [reply.update for reply in bed.replies]
+    turned = bed.method.aggregate(before, updates[::-1])
+    assert torch.allclose(turned.params, bed.server.params, rtol=1e-6)
+
+
+def test_nothing_remembers_an_earlier_round():
+    """A server that has the same weights does the same, whatever it did before."""
+    bed, fresh = Bed(FedAvgQ()), Bed(FedAvgQ())
+    bed.round([1])
+    fresh.server = replace(fresh.server, params=bed.server.params.clone(), round=bed.server.round)
+    bed.round()
+    fresh.round()
+    assert torch.equal(bed.server.params, fresh.server.params)
 
 
 def test_unknown_total():

@@ -74,6 +74,8 @@ def test_an_absent_client_keeps_its_batchnorm():
     before = one.states[1]["own"].clone()
     one.round([0])
     assert torch.equal(one.states[1]["own"], before)
+    one.worker.open(one.server, 1, one.states[1], {})
+    assert torch.equal(one.worker.weights.own, before)
 
 
 def test_without_batchnorm_it_says_so(data):

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from fedkeel.algorithms.base import Algorithm
 from fedkeel.algorithms.feddbe import FedDBE, Shifted, apart
-from fedkeel.local import Training, plain_batches
+from fedkeel.local import Training, plain_batch
 from fedkeel.loop import run
 from fedkeel.models.cnn import CNN
 from fedkeel.weights import Rule
@@ -24,7 +24,7 @@ def bed(method, norm="none", **training):
 
 def whole(local):
     """All of a client's samples as one batch."""
-    return next(plain_batches(local, local.data, len(local.data)))
+    return plain_batch(local, local.data, torch.arange(len(local.data)))
 
 
 def test_the_cards_number():

@@ -1,5 +1,7 @@
 """FedDyn against closed forms (Acar et al. 2021)."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -8,6 +10,7 @@ from bed import Bed, on_quadratic
 from fedkeel.algorithms.base import Algorithm
 from fedkeel.algorithms.feddyn import FedDyn
 from fedkeel.errors import ConfigError
+from fedkeel.job import Job
 from fedkeel.local import Training
 from fedkeel.loop import run
 
@@ -212,12 +215,27 @@ def test_options():
 
 
 def test_buffers_are_averaged_uniformly(data):
-    """In the first round nothing is corrected at w = theta; statistics stay those of a plain average."""
+    """Without a correction it is FedAvg bit by bit. With h the weights are others, and statistics, after a round whose
+    local steps were the same, still the plain average."""
     table = {"partition": {"name": "dirichlet", "alpha": 0.5}}
     off = {"name": "feddyn", "alpha": 0.0, "server_correction": False, "clip": 0.0}
     fedavg = run(tiny.config(*tiny.BATCHNORM, "algorithm.weights=uniform", table=table), data=data)
     feddyn = run(tiny.config(*tiny.BATCHNORM, table={**table, "algorithm": off}), data=data)
     assert all(torch.equal(fedavg.weights[name], feddyn.weights[name]) for name in fedavg.weights)
+    # one local step: its gradient is taken at w = theta with g = 0, where nothing is corrected
+    once = (*tiny.BATCHNORM, "rounds=1", "local.epochs=1", "local.max_steps=1")
+    fedavg = run(tiny.config(*once, "algorithm.weights=uniform", table=table), data=data)
+    with_h = {"name": "feddyn", "alpha": 0.1, "clip": 0.0}
+    feddyn = run(tiny.config(*once, table={**table, "algorithm": with_h}), data=data)
+    others = [name for name in fedavg.weights if not torch.equal(fedavg.weights[name], feddyn.weights[name])]
+    assert others and not any("running_" in name for name in others)
+
+
+def test_the_mean_size_is_of_all_who_have_joined(data):
+    """Of sites not all are known when the run begins."""
+    job = Job(tiny.config("algorithm.name=feddyn", "algorithm.alpha_scaling=inverse_size"), data)
+    server = replace(job.first_server(), samples=4)
+    assert job.mail(server, 0)["mean_size"].item() == pytest.approx(job.total / job.clients) != 4 / job.clients
 
 
 @pytest.mark.parametrize("scaling", ["none", "inverse_size"])

@@ -138,8 +138,10 @@ def test_the_authors_effective_steps():
         assert bed.x == pytest.approx(1 - 0.1 * 3 * tau)
 
 
-def test_the_proximal_solver_is_fedprox():
-    nova, fedprox = Bed(FedNovaQ(mu=1.0)), Bed(FedProxQ(mu=1.0))
+@pytest.mark.parametrize("mu", [1.0, 15.0])
+def test_the_proximal_solver_is_fedprox(mu):
+    """Also where eta mu is more than 1, and there is less than one gradient in two steps: a = 1 - 0.5 = 0.5."""
+    nova, fedprox = Bed(FedNovaQ(mu=mu)), Bed(FedProxQ(mu=mu))
     nova.round()
     fedprox.round()
     assert (nova.y(0), nova.y(1)) == (fedprox.y(0), fedprox.y(1))

@@ -96,6 +96,9 @@ def test_printed_objective():
     assert one.method.loss(local, batch).item() == pytest.approx(0.6931472)
     plain = ReGL(volume=0).loss(local, batch).item()
     assert plain == pytest.approx(1.0986123)
+    # personal models are tuned by the same loss (4.2)
+    assert one.method.tuning().loss(local, batch).item() == pytest.approx(0.6931472)
+    assert ReGL().tuning().loss(local, batch).item() == pytest.approx(1.0986123)
 
 
 def test_printed_objective_over_a_loss_of_its_own():

@@ -143,6 +143,10 @@ class Algorithm:
     def personalise(self, local: Local) -> None:
         """Makes `local.model`, which holds the server's weights and what the client keeps, the client's own model."""
 
+    def tuning(self) -> Algorithm:
+        """The method whose loss personal models are tuned by, without anything of a round: cross-entropy's."""
+        return Algorithm()
+
     # on the server ----------------------------------------------------------------------------------------------------
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> Server:
@@ -252,6 +256,9 @@ class Over(Algorithm):
 
     def personalise(self, local: Local) -> None:
         self.base.personalise(local)
+
+    def tuning(self) -> Algorithm:
+        return self.base.tuning()
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> Server:
         return self.inner.aggregate(server, updates)

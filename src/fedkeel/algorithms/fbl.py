@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedkeel.algorithms.base import Over
+from fedkeel.algorithms.base import Algorithm, Over
 from fedkeel.balance.choose import Rule as Ranking
 from fedkeel.balance.choose import choose
 from fedkeel.balance.point import balance_point, balanced
@@ -128,6 +128,10 @@ class FBL(Over):
         if self.share == "fedavg_rows" and not self.offset_persist:
             allowed = "offsets that start anew are no change of those received, so averages of them grow without bound"
             raise ConfigError("offset_persist", False, f"{allowed}: must be true with share = 'fedavg_rows'")
+        kind = type(self.base)
+        if self.share == "fedavg_rows" and (kind.correct, kind.aggregate) != (Algorithm.correct, Algorithm.aggregate):
+            allowed = f"rows are averaged as FedAvg does, and {kind.__name__} corrects or averages in a way of its own"
+            raise ConfigError("share", self.share, f"{allowed}: must be 'local' over it")
 
     # once -------------------------------------------------------------------------------------------------------------
 

@@ -61,9 +61,7 @@ class FedAMP(Algorithm):
         "heuristic form",
         ge=0,
     )
-    alpha_decay: float = option(
-        0.1, "factor on alpha after every 30 rounds, except where it is found from self_weight", gt=0, le=1
-    )
+    alpha_decay: float = option(0.1, "factor on alpha after every 30 rounds, in the heuristic form", gt=0, le=1)
     sigma: float | None = option(
         None,
         "scale of squared distances, or factor on cosines (sigma); not set: the median distance, or 25",
@@ -134,8 +132,8 @@ class FedAMP(Algorithm):
 
     def step(self, number: int) -> float:
         """alpha of the proximal term in round `number`."""
-        if self.alpha is None and self.form == "exact":
-            return 1.0
+        if self.form == "exact":
+            return 1.0 if self.alpha is None else self.alpha
         return (HEURISTIC[0] if self.alpha is None else self.alpha) * self.alpha_decay ** (number // 30)
 
     def mixture(self, likeness: Tensor, number: int) -> Tensor:

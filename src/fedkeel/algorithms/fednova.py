@@ -68,7 +68,7 @@ class FedNova(FedProx):
         def terms() -> Iterable[tuple[float, tuple[Tensor, ...]]]:
             for update in updates:
                 a = float(update.extra["work"][0])
-                yield update.weight, (update.delta / max(a, 1.0), update.extra["work"])  # below 1 only without a step
+                yield update.weight, (update.delta / (a or 1.0), update.extra["work"])  # 0 only without a step
 
         (direction, work), total = mean_and_total(terms())
         share = self.part_of_all(server, total) if self.denominator == "all" else 1.0

@@ -15,14 +15,14 @@ What crosses: as FedAvg, weighted by real samples. What stays: the images, and w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 
-from fedkeel.algorithms.base import Over
+from fedkeel.algorithms.base import Algorithm, Over
 from fedkeel.balance.point import filled
 from fedkeel.errors import ConfigError
 from fedkeel.options import option
@@ -79,6 +79,10 @@ class ReGL(Over):
         local.real_ratio = self.real_ratio
         fake = self.plan(local.data.counts(local.classes), local.profile).fake
         return local.data + local.generate(fake) if int(fake.sum()) else local.data
+
+    def tuning(self) -> Algorithm:
+        """The loss of training, for the personal models (4.2) too."""
+        return replace(self, base=Algorithm()) if self.objective != "ce" else Algorithm()
 
     def loss(self, local: Local, batch: Batch) -> Tensor:
         if self.objective == "ce":

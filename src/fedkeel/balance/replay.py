@@ -36,7 +36,8 @@ def replay(
 
     pool: [n] all sample numbers of the class (S); last: the subset kept so far (R^t); scores: [n] the losses of `pool`.
     When S \\ R^t is too small: "fill_from_old" takes more of the old, so that exactly B are kept, and where too few of
-    the old are left in S, more of the new; "shrink" keeps fewer; "with_replacement" repeats new samples.
+    the old are left in S, more of the new; "shrink" keeps fewer; "with_replacement" repeats new samples, or where there
+    are none fills from the old.
     """
     in_last = torch.isin(pool, last)
     kept = choose(pool[in_last], scores[in_last], len(pool), old, rng)
@@ -46,9 +47,9 @@ def replay(
         take_old = min(take_old, len(kept))
     take_new = point - take_old
     missing = take_new - len(fresh)
-    if missing > 0 and shortage == "fill_from_old":
+    if missing > 0 and (shortage == "fill_from_old" or (shortage == "with_replacement" and len(fresh) == 0)):
         take_old = min(take_old + missing, len(kept))
-    elif missing > 0 and shortage == "with_replacement" and len(fresh):
+    elif missing > 0 and shortage == "with_replacement":
         again = torch.randint(len(fresh), (missing,), generator=rng)
         fresh = torch.cat([fresh, fresh[again]])
     return torch.cat([kept[:take_old], fresh[:take_new]])

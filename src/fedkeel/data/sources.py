@@ -107,12 +107,8 @@ class Parquet(Tabular):
         return folder(self.dir)
 
     def table(self, split: str) -> Table | None:
-        root = self.place()
-        for place in (root, root / "data"):
-            files = sorted([*place.glob(f"{split}-*.parquet"), *place.glob(f"{split}.parquet")])
-            if files:
-                return _parquet_table(split, files)
-        return None
+        files = split_files(self.place(), split)
+        return _parquet_table(split, files) if files else None
 
 
 @register("datasets", "imagefolder")
@@ -280,6 +276,19 @@ def _visible_folder(place: Path) -> bool:
     return place.is_dir() and not place.name.startswith(".")
 
 
+def split_files(root: Path, split: str) -> list[Path]:
+    """The parquet files of a split, in a folder or in its folder `data`, by name; none where there are none."""
+    for place in (root, root / "data"):
+        if files := sorted([*place.glob(f"{split}-*.parquet"), *place.glob(f"{split}.parquet")]):
+            return files
+    return []
+
+
+def pictures_in(place: Path) -> list[Path]:
+    """The pictures of a folder, by name; hidden files are none."""
+    return sorted(file for file in place.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
+
+
 def class_folders(root: Path) -> tuple[str, ...]:
     """Names of the folders in a folder of pictures, sorted."""
     return tuple(sorted(place.name for place in root.iterdir() if _visible_folder(place)))
@@ -292,7 +301,7 @@ def folder_split(root: Path, classes: tuple[str, ...]) -> Split:
     for place in sorted(filter(_visible_folder, root.iterdir())):
         if place.name not in classes:
             raise DataError(f"{place}: the train split has no class {place.name!r}")
-        found = sorted(file for file in place.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
+        found = pictures_in(place)
         files += found
         labels += [classes.index(place.name)] * len(found)
 

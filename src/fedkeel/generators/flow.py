@@ -346,7 +346,7 @@ class Bundled:
 
         Raises PoolError, naming what there is, when none does; DataError when a weights file is missing or damaged.
         """
-        paths = [Path(self.path)] if self.path else sorted(BUNDLED.glob("flow-*.safetensors"))
+        paths = [Path(self.path).expanduser()] if self.path else sorted(BUNDLED.glob("flow-*.safetensors"))
         known = []
         for path in paths:
             config = read_config(path)
@@ -419,18 +419,18 @@ def read_config(path: Path) -> FlowConfig:
     try:
         with safe_open(path, framework="pt") as file:
             values = json.loads(file.metadata()["config"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is not a weights file of a flow: {error}") from error
-    c, h, w = values["shape"]
-    return FlowConfig(
-        tuple(values["classes"]),
-        (c, h, w),
-        values["patch"],
-        tuple(values["widths"]),
-        values["condition"],
-        values.get("steps", 1),
-        values.get("predicts", "velocity"),
-    )
+        c, h, w = values["shape"]
+        return FlowConfig(
+            tuple(values["classes"]),
+            (c, h, w),
+            values["patch"],
+            tuple(values["widths"]),
+            values["condition"],
+            values.get("steps", 1),
+            values.get("predicts", "velocity"),
+        )
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path} is not a weights file of a flow ({type(error).__name__}: {error})") from error
 
 
 def load(path: Path) -> tuple[FlowNet, FlowConfig, str]:

@@ -1,7 +1,7 @@
 """Images that are already there: real public ones as the honest control, or the output of any other program.
 
-Two layouts: `<dir>/<class name>/*.png|jpg|jpeg|webp`, or `<dir>/train-*.parquet` as on the Hugging Face hub. Image
-number i of a class is its i-th file in the order of names, or its i-th row.
+Two layouts: `<dir>/<class name>/` with pictures, or `train-*.parquet` or `train.parquet` as on the Hugging Face hub, in
+`<dir>` or its folder `data`. Image number i of a class is its i-th file in the order of names, or its i-th row.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from fedkeel.data.pictures import reason
+from fedkeel.data.sources import pictures_in, split_files
 from fedkeel.errors import ConfigError, DataError, PoolError
 from fedkeel.generators.names import digest, knows, match, plain_name
 from fedkeel.options import option
 from fedkeel.records import Samples
 from fedkeel.registry import register
-
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 class FolderSource:
@@ -123,7 +122,7 @@ class Folder:
         if not self.dir:
             raise ConfigError("generator.dir", self.dir, "must name a folder with images")
         root = Path(self.dir).expanduser()
-        tables = sorted(root.glob("train-*.parquet"))
+        tables = split_files(root, "train")
         found = from_tables(tables) if tables else from_folders(root)
         if not found:
             raise DataError(f"{root} has neither train-*.parquet nor a folder per class")
@@ -141,10 +140,10 @@ class Folder:
 def from_folders(root: Path) -> dict[str, list[bytes | Path]]:
     """Image files by class, sorted by name."""
     folders = sorted(path for path in root.glob("*") if path.is_dir() and plain_name(path.name))
-    return {each.name: sorted(f for f in each.iterdir() if f.suffix.lower() in ENDINGS) for each in folders}
+    return {each.name: list(pictures_in(each)) for each in folders}
 
 
-def from_tables(paths: list[Path]) -> dict[str, list[bytes | Path]]:
+def from_tables(paths: Sequence[Path]) -> dict[str, list[bytes | Path]]:
     """Encoded images by class, in the order of the rows.
 
     Raises DataError when there is no image or class column, or a row has no image or no class.

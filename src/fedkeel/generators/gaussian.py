@@ -179,7 +179,7 @@ class Gaussian:
 
         Raises PoolError, naming what there is, when there are neither.
         """
-        paths = [Path(self.path)] if self.path else sorted(BUNDLED.glob("gaussian-*"))
+        paths = [Path(self.path).expanduser()] if self.path else sorted(BUNDLED.glob("gaussian-*"))
         fitted = {path: read(path) for path in paths}
         how = (self.seed, self.tune_prior, self.tune_scale)
         for path, one in fitted.items():

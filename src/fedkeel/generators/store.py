@@ -50,11 +50,6 @@ def default_root() -> Path:
     return cache() / "pools"
 
 
-def default_dir(source: Source) -> Path:
-    """Where the pool of this source lives there."""
-    return folder_of(default_root(), source.fingerprint())
-
-
 def folder_of(root: Path, fingerprint: str) -> Path:
     """One folder for each generator, so that a folder of pools can be named for runs of many generators."""
     return root / fingerprint[:16]

@@ -6,6 +6,7 @@ Ito, told apart by colour-blind readers. In every picture of samples blue is rea
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkeel.errors import StorageError
+from fedkeel.files import write
 from fedkeel.report.runs import Method, RunData, in_order, methods
 from fedkeel.report.table import duration, size
 
@@ -258,7 +260,9 @@ def write_pngs(runs: Sequence[RunData], folder: Path | str) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in _all(runs):
-            figure.savefig(folder / f"{name}.png", dpi=150, format="png")
+            content = io.BytesIO()
+            figure.savefig(content, dpi=150, format="png")
+            write(folder / f"{name}.png", content.getvalue())
             written.append(folder / f"{name}.png")
     except OSError as error:
         raise StorageError(f"{folder}: cannot write pictures ({error})") from error

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkeel.errors import DataError, UserError
+from fedkeel.options import flat
 from fedkeel.record import headline
 
-PHASES = ("generate", "train", "aggregate", "evaluate", "checkpoint")
+PHASES = ("generate", "train", "evaluate", "personal")
 _CLASS = "global/class/"
-_FREE = {"name", "runs_dir", "device", "runtime"}  # keys without a say in numbers, where a configuration cannot be read
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,16 @@ class RunData:
     def settings(self) -> dict[str, object]:
         """Dotted key -> value of all that decides numbers but the seed, with the data that there were: equal for
         repetitions of one another."""
-        from fedkeel.config import parse
+        from fedkeel.config import NO_NUMBERS, parse
 
         try:
             table = parse(self.config).decisive()
         except UserError:  # of another version, or with methods that are not installed here
-            table = {key: value for key, value in self.config.items() if key not in _FREE}
+            table = {key: value for key, value in self.config.items() if key not in NO_NUMBERS}
         data = self.manifest.get("data")
         fingerprint = data.get("fingerprint") if isinstance(data, Mapping) else None
         table = {key: value for key, value in table.items() if key != "seed"}
-        return _flat(table) | {"data.fingerprint": str(fingerprint)[:12]}
+        return flat(table) | {"data.fingerprint": str(fingerprint)[:12]}
 
     @property
     def planned(self) -> int | None:
@@ -273,15 +273,6 @@ def _by_seed(runs: Sequence[RunData]) -> list[RunData]:
         if run.seed not in found or len(run.rounds) > len(found[run.seed].rounds):
             found[run.seed] = run
     return [found[seed] for seed in sorted(found)]
-
-
-def _flat(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Dotted key -> value."""
-    out: dict[str, object] = {}
-    for key, value in table.items():
-        nested = isinstance(value, Mapping)
-        out |= _flat(cast(Mapping[str, object], value), f"{prefix}{key}.") if nested else {prefix + key: value}
-    return out
 
 
 def _differences(run: RunData, rivals: Sequence[RunData]) -> list[str]:

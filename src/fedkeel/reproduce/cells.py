@@ -36,12 +36,15 @@ from fedkeel.errors import FedkeelError, RunError
 from fedkeel.files import locked, write, write_json
 from fedkeel.loop import Result, run
 from fedkeel.record import Record, Silent, headline
+from fedkeel.reproduce.asked import OF_RUNS, asked
 from fedkeel.reproduce.tables import Cell, experiment
 
 HELD = 2
 """Data sets that a worker keeps in memory."""
 KEPT = ("global/", "local_before/", "local_after/", "personal/", "train/loss")
 """Metrics whose curves are kept, but for classes and clients."""
+NEEDED = {"key": str, "headline": dict, "rounds": dict, "data": dict, "config": dict, "failed": int}
+"""What a cell's file must have to be read, and of which kind."""
 PATIENCE = 3
 """How often workers may die without that a cell is done in between."""
 FAILED = "failed.json"
@@ -92,14 +95,19 @@ def read(cell: Cell, folder: Path) -> Outcome:
     if path.is_file():
         try:
             found = json.loads(path.read_text())
-            assert isinstance(found["key"], str)
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            for key, kind in NEEDED.items():
+                if not isinstance(found[key], kind):
+                    raise TypeError
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(
                 f"{path} cannot be read ({type(error).__name__}): remove it, and its cell is run again"
             ) from None
     failed = _place(cell, folder) / FAILED
     if (found is None or found["key"] != cell.key) and failed.is_file():
-        return Outcome(cell, found, str(json.loads(failed.read_text())["error"]))
+        try:
+            return Outcome(cell, found, str(json.loads(failed.read_text())["error"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return Outcome(cell, found, f"{failed} cannot be read")
     return Outcome(cell, found)
 
 
@@ -247,9 +255,9 @@ def _place(cell: Cell, folder: Path) -> Path:
 def _one(cell: Cell, folder: Path, data: Path | None, pools: Path | None, keep: bool) -> str:
     """Runs a cell and writes its JSON file; returns why it failed, or nothing."""
     place = _place(cell, folder)
-    config = cell.placed(data, place, pools)
-    spent = _Spent(place / SPENT)
     try:
+        config = cell.placed(data, place, pools)
+        spent = _Spent(place / SPENT)
         result = run(config, data=loaded(config), folder=place, listener=spent, resume=True, label=cell.row.label)
     except Exception as error:  # one cell's failure is a gap in a table, not the end of the others
         if isinstance(error, FedkeelError):  # a user's mistake or a run that diverged: the words say it all
@@ -284,10 +292,11 @@ class _Spent(Silent):
 
 def pictured(cell: Cell) -> bool:
     """Whether a picture of the table is drawn from this cell's run."""
-    asked = experiment(cell.table).pictures
     return any(
-        cell.column.key == one.get("column") and cell.row.key in one["rows"] and cell.seed == one.get("seed", 1)
-        for one in asked
+        one.kind in OF_RUNS
+        and (one.column, one.seed) == (cell.column.key, cell.seed)
+        and (not one.rows or cell.row.key in one.rows)
+        for one in asked(experiment(cell.table), cell.profile)
     )
 
 

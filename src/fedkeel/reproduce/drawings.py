@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fedkeel.report.finished import Finished
-    from fedkeel.reproduce.pictures import Picture, Source
+    from fedkeel.reproduce.asked import Picture
+    from fedkeel.reproduce.pictures import Source
     from fedkeel.reproduce.shown import Shown
     from fedkeel.reproduce.tables import Cell
 

@@ -17,17 +17,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedkeel.errors import CheckpointError, ConfigError, FedkeelError, nearest
+from fedkeel.errors import CheckpointError, FedkeelError
 from fedkeel.files import write, write_json
+from fedkeel.reproduce.asked import OF_RUNS, OF_TABLE, Picture, asked
 from fedkeel.reproduce.cells import Outcome
 from fedkeel.reproduce.drawings import DRAW
 from fedkeel.reproduce.shown import Drawn, Shown
 from fedkeel.reproduce.tables import Cell, Experiment, cells
 
-OF_TABLE = ("curve", "bars")
-OF_CONFIG = ("histogram", "partition", "sheet")
-OF_RUNS = ("classes", "update", "images", "aligned")
-KINDS = (*OF_TABLE, *OF_CONFIG, *OF_RUNS)
 ALT = {
     "curve": "Line chart of accuracy, with the spread over seeds; printed values as hollow marks",
     "bars": "Bar chart of accuracy, with the spread over seeds; printed values as hollow marks",
@@ -39,32 +36,6 @@ ALT = {
     "images": "t-SNE of one client's real images and of synthetic ones",
     "aligned": "t-SNE of real features, of synthetic ones, and of these with their class's offset",
 }
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture that an experiment file asks for.
-
-    rows: of the table; all where none are named. column: "" for kinds that show several. lines: of a curve, columns by
-    the name of a line. axis, option, zero: of a curve, the axis' name, the method's option that it shows, and the word
-    for the value 0 there. client: None = by `skewed` or `filling`.
-    """
-
-    kind: str
-    title: str
-    rows: tuple[str, ...] = ()
-    column: str = ""
-    seed: int = 1
-    client: int | None = None
-    lines: Mapping[str, Sequence[str]] | None = None
-    axis: str = ""
-    option: str = ""
-    zero: str = "0"
-
-    @property
-    def name(self) -> str:
-        """Of its files."""
-        return f"{self.kind}-{self.column}" if self.column else self.kind
 
 
 @dataclass(frozen=True)
@@ -90,38 +61,15 @@ class Source:
             and (not columns or each.cell.column.key in columns)
         ]
 
+    def printed(self, cell: Cell) -> object:
+        """What the experiment's file has in the cell's place: labels, the paper's numbers, why they are doubtful."""
+        return (cell.row.label, cell.column.label, *self.found.printed_at(cell.row.key, cell.column.key))
+
     def needs(self, picture: Picture) -> list[Cell]:
         """The cells of a picture of one column, in the order of its rows."""
         found = cells(self.found, self.whole.profile, picture.rows, [picture.column], [picture.seed])
         rows = picture.rows or tuple(self.found.rows)
         return sorted(found, key=lambda cell: rows.index(cell.row.key))
-
-
-def asked(found: Experiment, profile: str) -> list[Picture]:
-    """The pictures of a table in this profile. Raises ConfigError where the experiment's file is wrong."""
-    out = []
-    rows, columns = ({line.key for line in lines} for lines in found.lines(profile))
-    for entry in found.pictures:
-        where = f"{found.name}: pictures"
-        if entry.get("kind") not in KINDS:
-            kind = str(entry.get("kind"))
-            raise ConfigError(f"{where}.kind", kind, f"must be one of {', '.join(KINDS)}", nearest(kind, KINDS))
-        table: dict[str, Any] = dict(entry)
-        several = table.pop("columns", None)
-        for column in several if several is not None else [table.pop("column", "")]:
-            try:
-                picture = Picture(**{**table, "column": column, "rows": tuple(table.get("rows", ()))})
-            except TypeError:
-                raise ConfigError(where, sorted(entry), f"must be some of {sorted(Picture.__annotations__)}") from None
-            for key, value, known in (
-                *(("rows", row, found.rows) for row in picture.rows),
-                *(("column", column, found.columns) for _ in range(bool(column))),
-            ):
-                if value not in known:
-                    raise ConfigError(f"{where}.{key}", value, f"must be one of {', '.join(known)}")
-            if (not column or column in columns) and set(picture.rows) <= rows:
-                out.append(picture)
-    return out
 
 
 def draw(source: Source) -> tuple[Drawn, ...]:
@@ -170,8 +118,11 @@ def _before(path: Path, stands_on: Mapping[str, object]) -> dict[str, Any] | Non
 def _cells(picture: Picture, source: Source) -> tuple[dict[str, object], str]:
     """What a picture stands on, by the names of its cells; and what it lacks."""
     if picture.kind in OF_TABLE:
-        done = {each.cell.name: (each.cell.key, each.headline()) for each in source.shows(picture)}
-        done = {name: each for name, each in done.items() if each[1] is not None}
+        done = {
+            each.cell.name: (each.cell.key, value, source.printed(each.cell))
+            for each in source.shows(picture)
+            if (value := each.headline()) is not None
+        }
         return dict(done), "" if done else f"none of its cells is done: {command(picture, source)}"
     wanted = source.needs(picture)
     if picture.kind in OF_RUNS:

@@ -223,8 +223,14 @@ def _spot(found: Experiment, row: Row, column: Column, outcomes: Sequence[Outcom
         printed=printed,
         stale=tuple(each.cell.seed for each in outcomes if each.state == "stale"),
         failed=tuple(each.cell.seed for each in outcomes if each.state == "failed"),
-        mark=letters.setdefault(text, ascii_lowercase[len(letters)]) if text else "",
+        mark=letters.setdefault(text, _letter(len(letters))) if text else "",
     )
+
+
+def _letter(number: int) -> str:
+    """a to z, then aa to az, ba ..."""
+    before, last = divmod(number, len(ascii_lowercase))
+    return (_letter(before - 1) if before else "") + ascii_lowercase[last]
 
 
 def _with_best(rows: Sequence[Row], columns: Sequence[Column], spots: Mapping[Place, Spot]) -> dict[Place, Spot]:
@@ -307,9 +313,9 @@ def _differs(outcome: Outcome) -> str:
     """The first keys of the configuration that a stale cell was run with otherwise."""
     assert outcome.found is not None
     if outcome.apart:
-        return f"run on other data than most cells of its column, {outcome.found['data']['fingerprint'][:12]}"
-    now = json.loads(json.dumps(outcome.cell.config.table()))  # tuples are lists there
-    found = differing(now, outcome.found["config"])
+        other = outcome.found["data"]["fingerprint"][:12]
+        return f"run on other data than most cells of its column, {other}: remove its file, and it is run again"
+    found = differing(outcome.cell.config, outcome.found["config"])
     texts = [f"{key} = {_toml(after)}, run with {_toml(before)}" for key, after, before in found[:_FEW]]
     more = f" and {len(found) - _FEW} more" if len(found) > _FEW else ""
     return "; ".join(texts) + more or "run by another version, to which the same keys meant something else"
@@ -386,7 +392,7 @@ def below(shown: Shown) -> list[tuple[str, list[str]]]:
         ("Printed numbers", marks),
         ("Notes", notes),
         ("Methods in the paper's order", order),
-        ("Stale: run again to replace them", list(shown.stale)),
+        ("Stale: another run replaces them", list(shown.stale)),
         ("Failed", list(shown.failed)),
         ("Made with", [f"{name}: {text}" for name, text in facts(shown)]),
     ]
