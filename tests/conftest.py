@@ -22,6 +22,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the report is not what is tested: it takes longer than a tiny run."""
+    monkeypatch.setattr("fedkeel.report.page.write_page", lambda runs, path: path)
+    monkeypatch.setattr("fedkeel.report.plots.write_pngs", lambda runs, folder: [])
+
+
 @pytest.fixture(scope="session")
 def data() -> Dataset:
     """96 train and 40 test images that a small network learns in a few steps."""

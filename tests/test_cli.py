@@ -73,13 +73,6 @@ def config(config_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return Path("exp.toml")
 
 
-@pytest.fixture
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the report is not what is tested: it takes longer than a tiny run."""
-    monkeypatch.setattr("fedkeel.report.page.write_page", lambda runs, path: path)
-    monkeypatch.setattr("fedkeel.report.plots.write_pngs", lambda runs, folder: [])
-
-
 # what is there before anything runs -----------------------------------------------------------------------------------
 
 

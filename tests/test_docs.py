@@ -318,7 +318,7 @@ def test_a_method_page_has_what_a_reader_looks_for(hook: ModuleType, monkeypatch
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", registry.names("algorithms"))
-def test_the_command_on_a_methods_page_runs(hook: ModuleType, name: str, folder: Path) -> None:
+def test_the_command_on_a_methods_page_runs(hook: ModuleType, name: str, folder: Path, no_report: None) -> None:
     """On fewer images; no method is switched off by the few rounds."""
     words = hook.first_command(name)
     found = config.parse(tomllib.loads(EXP), words[3:])

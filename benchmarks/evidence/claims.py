@@ -602,7 +602,7 @@ CLAIMS = (
         "There too its gain is more than its steps (above FedAvg with 4 local epochs, as many steps)",
         "not in the paper",
         [gap("fbl-t1", "regl", "fedavg-e4", column) for column in ALPHAS],
-        note="Twice the epochs win FedAvg two to four points, ReGL's images the rest.",
+        note="Twice the epochs win FedAvg two to three points, ReGL's images the rest.",
     ),
     Claim(
         "ours",

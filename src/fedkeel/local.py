@@ -538,7 +538,7 @@ def statistics_kept(model: nn.Module) -> Iterator[None]:
 def losses(local: Local, samples: Samples, mode: Literal["eval", "train"] = "eval") -> Tensor:
     """[N] cross-entropy of each sample under the present weights, without augmentation, on the CPU.
 
-    Draws nothing and leaves BatchNorm's statistics alone, in either mode.
+    Leaves BatchNorm's statistics alone, in either mode; draws nothing but the order of batches in training mode.
     """
     size = max(local.batch_size, 256)
     order = torch.split(torch.arange(len(samples)), size) if mode == "eval" else shuffled(local, len(samples), size)
