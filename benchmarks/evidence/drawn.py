@@ -24,6 +24,7 @@ PICTURE = ROOT / "docs/images/evidence.png"
 TABLE, COLUMNS = "fbl-t1", ("c10-01", "c10-03", "c10-05")
 BALANCED = ("fbl", "fbl-25", "fbl-50", "regl")
 CONTROLS = (
+    "fedavg-e4",
     "scaffold-samples",
     "fbl-fresh",
     "fbl-loss1",
@@ -32,6 +33,7 @@ CONTROLS = (
     "fbl-public500",
     "fbl-public",
     "fbl-nocut",
+    "regl-gaussian",
     "fedavg-public32",
     "fedavg-public",
 )

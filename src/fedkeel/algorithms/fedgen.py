@@ -40,6 +40,7 @@ class FedGen(Algorithm):
 
     paper: ClassVar[str] = "Zhu, Hong, Zhou 2021, arXiv 2105.10056"
     sums: ClassVar[bool] = False  # learns from clients' heads and label counts
+    trial: ClassVar[Mapping[str, object]] = {"generator_steps": 1}
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {  # of the paper's code
         "mnist": {"noise_size": 32, "hidden": 256, "noise": "uniform", "labels": "uniform"},
         "emnist": {
