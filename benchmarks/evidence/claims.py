@@ -113,6 +113,7 @@ CLAIMS = (
         "FBL is best with 50 and with 100 clients",
         "75.27 (best baseline 72.39) and 66.28 (63.78)",
         [best_of("fbl-t2b", "fbl", SIX, column) for column in ("c10-50", "c10-100")],
+        key="clients",
         note="With 50 clients it is level with FedAvg, with 100 nearly three points below it; SCAFFOLD is the best "
         "with both. A client of a hundred holds 100 images, of which the cut leaves half.",
     ),
@@ -322,6 +323,7 @@ CLAIMS = (
         "Personal models: ReGL (FT) is above every baseline",
         "over the best, FedCAC, on average +14.3 at β = 0.01, +28.4 at β = 0.5 (the text: 15, and over 30)",
         [best_of("regl-t4", "regl-ft", PERSONAL, column) for column in SKEWS],
+        key="personal",
         note="By the best round within four points of the best baseline, Separate or FedCAC, and no side of it; by the "
         "last rounds one to five points below: clients of few classes need no images of the others to be right about "
         "their own.",
@@ -568,6 +570,7 @@ CLAIMS = (
             gap("fbl-t1", "fbl", "fedavg-public32", "c10-01"),
             *(gap("fbl-t1", "fbl", "fedavg-public", column) for column in ALPHAS),
         ],
+        key="public",
         note="It does not, by far: six points with as many steps as FBL, eleven with twice as many. (FedAvg's clients "
         "flip public images like their own; synthetic ones are not flipped.) Where 1,000 public images of each class "
         "can be had, the plain thing to do is to give them to the clients. FBL is for the case in which there are none "
