@@ -9,7 +9,9 @@ import argparse
 import json
 import re
 from collections import Counter
+from functools import cache
 from statistics import fmean
+from typing import Any
 
 from claims import CLAIMS, SHORT
 from drawn import PICTURE, draw, draw_figures, figures, image, there
@@ -184,19 +186,24 @@ def pictures() -> list[str]:
     return lines
 
 
-def cpu_hours() -> float:
-    """Of every cell that was run for itself, under whatever table."""
+@cache
+def own() -> list[dict[str, Any]]:
+    """Every cell that was run for itself, under whatever table."""
     found = [json.loads(path.read_text()) for path in sorted((CELLS / PROFILE).glob("*/*--*--seed*.json"))]
-    return float(sum(each["cpu_seconds"] for each in found if "same_as" not in each) / 3600)
+    return [each for each in found if "same_as" not in each]
+
+
+def cpu_hours() -> float:
+    """Of all of them."""
+    return float(sum(each["cpu_seconds"] for each in own()) / 3600)
 
 
 def repeated() -> str:
     """How far runs of one configuration on different processors came apart."""
     runs: dict[str, dict[str, float]] = {}
-    for path in sorted((CELLS / PROFILE).glob("*/*--*--seed*.json")):
-        found = json.loads(path.read_text())
-        if "same_as" not in found and "global/accuracy" in found["headline"]:  # personal methods have no global model
-            runs.setdefault(found["key"], {})[found["hardware"]["processor"]] = found["headline"]["global/accuracy"]
+    for each in own():
+        if (value := each["headline"].get("global/accuracy")) is not None:  # personal methods have no global model
+            runs.setdefault(each["key"], {})[each["hardware"]["processor"]] = value
     apart = [100 * (max(each.values()) - min(each.values())) for each in runs.values() if len(each) > 1]
     if not apart:
         return "All runs were made on one kind of processor."

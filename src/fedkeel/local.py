@@ -345,7 +345,7 @@ class Worker:
         try:
             with torch.no_grad():
                 for rows in shuffled(local, len(samples), self.training.batch):
-                    self.model(local.transform(samples.x[rows], rng=None, augment=None, device=self.device))
+                    self.model(plain_batch(local, samples, rows).x)
         finally:  # the network serves other clients after one that failed
             for module, momentum in zip(self._normal, momenta, strict=True):
                 module.momentum = momentum

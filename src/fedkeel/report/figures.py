@@ -7,7 +7,6 @@ name.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,12 @@ from torch import Tensor
 
 from fedkeel.data.dataset import Dataset
 from fedkeel.errors import ConfigError, DataError, nearest
-from fedkeel.files import write, write_json
+from fedkeel.files import write_json
 from fedkeel.generators.store import Pool
 from fedkeel.report import classes as class_figure
 from fedkeel.report import embedding
 from fedkeel.report.finished import Finished, open_run
-from fedkeel.report.plots import FAKE, INK, REAL, heading, paper, shorten, words
+from fedkeel.report.plots import FAKE, INK, REAL, heading, paper, save, shorten, words
 from fedkeel.report.runs import methods, read_runs
 from fedkeel.report.sheets import strip
 
@@ -85,9 +84,7 @@ def write_figures(
     written = []
     for name, figure, numbers in _figures(runs, asked):
         path = out / f"{name}-client{asked.client}.png"
-        buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=150, format="png")
-        write(path, buffer.getvalue())
+        save(figure, path)
         write_json(path.with_suffix(".json"), numbers)
         written.append(path)
     if not written:

@@ -260,9 +260,7 @@ def write_pngs(runs: Sequence[RunData], folder: Path | str) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in _all(runs):
-            content = io.BytesIO()
-            figure.savefig(content, dpi=150, format="png")
-            write(folder / f"{name}.png", content.getvalue())
+            save(figure, folder / f"{name}.png")
             written.append(folder / f"{name}.png")
     except OSError as error:
         raise StorageError(f"{folder}: cannot write pictures ({error})") from error
@@ -289,6 +287,14 @@ def _all(runs: Sequence[RunData]) -> Iterator[tuple[str, Figure]]:
         yield "bytes", traffic(runs)
     if any(method.seconds() for method in found):
         yield "seconds", seconds(runs)
+
+
+def save(figure: Figure, path: Path) -> bytes:
+    """Writes a figure as PNG, all or nothing; returns what is in the file. Raises StorageError."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=150, format="png")
+    write(path, content.getvalue())
+    return content.getvalue()
 
 
 def paper(wide: float, high: float, rows: int, across: int = 1) -> tuple[Figure, list[Axes]]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fedkeel.files import write, write_json
 from fedkeel.report.html import opening
-from fedkeel.report.plots import INK, REAL, as_rgb
+from fedkeel.report.plots import INK, REAL, as_rgb, save
 from fedkeel.report.table import duration, size
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def write_quality(quality: Quality, folder: Path) -> dict[str, str]:
     images: list[tuple[str, bytes]] = []
     for name, figure in pictures.items():
         path = folder / f"{name}.png"
-        images.append((name, _save(figure, path)))
+        images.append((name, save(figure, path)))
         found[name] = str(path)
     for path, text in ((folder / "quality.md", as_markdown(quality)), (folder / "quality.html", page(quality, images))):
         write(path, text.encode())
@@ -299,15 +299,6 @@ def _shrunk(images: NDArray[np.uint8], step: int) -> NDArray[np.uint8]:
     _, high, wide, _ = images.shape
     small = (max(1, wide // step), max(1, high // step))
     return np.stack([np.asarray(Image.fromarray(image).resize(small, Image.Resampling.LANCZOS)) for image in images])
-
-
-def _save(figure: Figure, path: Path) -> bytes:
-    import io
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=150, format="png")
-    write(path, buffer.getvalue())
-    return buffer.getvalue()
 
 
 # costs ----------------------------------------------------------------------------------------------------------------

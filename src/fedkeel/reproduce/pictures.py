@@ -10,7 +10,6 @@ keep their checkpoints. What was drawn from the same cells before is not drawn a
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from fedkeel.errors import CheckpointError, FedkeelError
-from fedkeel.files import write, write_json
+from fedkeel.files import write_json
+from fedkeel.report.plots import save
 from fedkeel.reproduce.asked import OF_RUNS, OF_TABLE, Picture, asked
 from fedkeel.reproduce.cells import Outcome
 from fedkeel.reproduce.drawings import DRAW
@@ -94,9 +94,7 @@ def _drawn(picture: Picture, source: Source) -> Drawn:
             if picture.kind == "sheet" and not source.make:
                 return replace(drawn, missing=f"images are not there: {command(picture, source)}")
             figure, caption, numbers = DRAW[picture.kind](picture, source)
-            buffer = io.BytesIO()
-            figure.savefig(buffer, dpi=150, format="png")
-            write(path, buffer.getvalue())
+            save(figure, path)
             before = {"title": title, "caption": caption, "numbers": numbers, **stands_on}
             write_json(path.with_suffix(".json"), before)
         return replace(drawn, file=path.name, caption=before["caption"], png=path.read_bytes())
