@@ -201,7 +201,7 @@ class Config:
             try:
                 _ = replace(self.balance, base=self.algorithm).inner  # made here for the checks of its options
             except ConfigError as error:
-                raise ConfigError(f"balance.{error.key}", error.value, error.allowed, error.near) from None
+                raise error.under("balance.") from None
         if self.privacy is not None or self.robust is not None:
             self._check_sums()
 

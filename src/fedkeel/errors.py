@@ -49,6 +49,10 @@ class ConfigError(UserError):
         hint = f" Did you mean {near!r}?" if near else ""
         super().__init__(f"{key} = {value!r}: {allowed}.{hint}")
 
+    def under(self, prefix: str) -> ConfigError:
+        """The same mistake, where the key is part of something longer: `prefix` stands before it."""
+        return ConfigError(prefix + self.key, self.value, self.allowed, self.near)
+
 
 class UnknownName(UserError):
     """A name that no room knows."""

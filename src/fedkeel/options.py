@@ -121,9 +121,7 @@ def build(cls: type[T], table: Mapping[str, object], path: str = "") -> T:
     try:
         return cls(**values)
     except ConfigError as error:  # a check across fields, raised in __post_init__ with the bare field name
-        raise ConfigError(
-            f"{path}.{error.key}" if path else error.key, error.value, error.allowed, error.near
-        ) from None
+        raise error.under(f"{path}." if path else "") from None
 
 
 def plain(thing: object, leave_out: Container[str] = ()) -> dict[str, object]:

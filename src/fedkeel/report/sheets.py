@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fedkeel.files import write, write_json
 from fedkeel.report.html import opening
-from fedkeel.report.plots import INK, REAL, as_rgb, save
+from fedkeel.report.plots import INK, REAL, as_rgb, save, shorten, words
 from fedkeel.report.table import duration, size
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ PAGE = 20
 """Classes on one sheet."""
 WIDEST = 96
 """Pixels of one image on a sheet; larger ones are shrunk."""
+NAME = 16
+"""Letters of a class above its image."""
 _SYNTHETIC = "#9A6700"  # the orange of the pictures is too pale for letters
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'none'; base-uri 'none'"
 NOTES = (
@@ -223,7 +225,7 @@ def _about(axes: Axes, each: ClassQuality) -> None:
 def _beside(axes: Axes, text: str, down: float, face: str, size: float = 7.5, weight: str = "normal") -> None:
     """A line on the right of a panel, `down` points below its top."""
     axes.annotate(
-        _words(text), (1, 1), (8, -down), xycoords="axes fraction", textcoords="offset points", va="top",
+        words(text), (1, 1), (8, -down), xycoords="axes fraction", textcoords="offset points", va="top",
         fontsize=size, fontweight=weight, color=face, annotation_clip=False,
     )  # fmt: skip
 
@@ -242,7 +244,7 @@ def pairs(found: Sequence[Pair], classes: Sequence[str]) -> Figure:
         axes.imshow(np.concatenate([upper, lower]), interpolation="nearest" if len(upper) <= 64 else "antialiased")
         _clear(axes)
         what = "equal" if pair.exact else f"{pair.distance:.2f}" + (" near" if pair.copy else "")
-        axes.set_title(_words(f"{_short(classes[pair.label])} {pair.index}\n{what}"), fontsize=7.5, pad=3,
+        axes.set_title(words(f"{shorten(classes[pair.label], NAME)} {pair.index}\n{what}"), fontsize=7.5, pad=3,
                        color=BAD if pair.copy else INK)  # fmt: skip
     figure.text(0.02, high + 0.25 / figure.get_figheight(), "Synthetic image above, nearest train image below",
                 fontsize=9, fontweight="bold", color=INK, va="center")  # fmt: skip
@@ -354,12 +356,3 @@ def _percent(value: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{round(value, 2) + 0.0:.2f}"  # no minus before a zero
-
-
-def _short(text: str, most: int = 16) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def _words(text: str) -> str:
-    """Text for matplotlib: dollars are not mathematics."""
-    return text.replace("$", r"\$")

@@ -264,8 +264,8 @@ def _config(found: Experiment, profile: str, protocol: Protocol, row: Row, colum
     try:
         return parse({**with_method(table, row.method), "seed": seed, "name": "cell", "runs_dir": "runs"})
     except ConfigError as error:
-        where = f"{found.name}, profile {profile}, row {row.key}, column {column.key}: {error.key}"
-        raise ConfigError(where, error.value, error.allowed, error.near) from None
+        where = f"{found.name}, profile {profile}, row {row.key}, column {column.key}: "
+        raise error.under(where) from None
 
 
 def _data(column: Column, profile: str) -> Table:
