@@ -140,6 +140,25 @@ def test_the_table_is_not_changed():
     assert table == {"local": {"lr": 0.1}, "methods": {"fbl": {"period": 3}}}
 
 
+@pytest.mark.parametrize(
+    ("overrides", "mu"),
+    [
+        ([], 0.5),  # of [algorithm], which is another method
+        (["algorithm.name=moon"], 5.0),
+        (["algorithm.name=moon", "methods.moon.mu=3"], 3.0),
+        (["algorithm.mu=2", "algorithm.name=moon", "methods.moon.mu=3"], 2.0),
+        (["algorithm={name='moon',mu=7}"], 7.0),
+        (["methods.fedprox.mu=0.25"], 0.25),
+        (["methods.fedprox.mu=0.25", "algorithm.mu=0.75"], 0.75),
+    ],
+)
+def test_options_of_a_method_hold_in_a_run_as_in_a_comparison(tmp_path, overrides, mu):
+    """A rate tuned by runs would else be one of other options than those compared."""
+    path = tmp_path / "exp.toml"
+    path.write_text('[algorithm]\nname = "fedprox"\nmu = 0.5\n[methods.moon]\nmu = 5.0\n')
+    assert read(path, overrides).algorithm.mu == mu
+
+
 def test_another_name_clears_the_options_of_the_old_one():
     """And the same name, quoted or not, keeps them."""
     table = {"algorithm": {"name": "fedprox", "mu": 0.5}}

@@ -349,13 +349,21 @@ def test_committed_cells_stand_on_the_page_of_their_method(hook: ModuleType, tmp
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**cell, "key": key or cell["key"], "headline": {"global/accuracy": value}}))
     said, text = hook.reproduced_results("fbl", tmp_path)
-    link = "[fbl-t3](../evidence.md#tables)"
+    link = "[fbl-t3](../evidence-tables.md#tables)"
     assert text.splitlines()[2:] == [
         f"| {link} | M1: random cut | CIFAR-10 | global | 55.0 ± 7.1 | 2 | 75.2 | reduced |",
         f"| {link} | M2: loss | CIFAR-10 | global | 25.0 | 1 | 76.8 | reduced |",
     ]
     assert "evidence.md" in said
     assert hook.reproduced_results("moon", tmp_path) == []
+
+
+def test_the_page_has_every_table_with_its_runs(tmp_path: Path) -> None:
+    page = PAGES["docs/reproducing.md"].read_text()
+    for each in reproduce.overview(tmp_path):
+        cells: Any = each["cells"]
+        runs = " | ".join(str(cells[profile]["cells"] or "–") for profile in ("paper", "reduced"))
+        assert re.search(rf"^\| `{each['name']}` \| [^|]+ \| {runs} \|$", page, re.M), each["name"]
 
 
 def test_a_docstring_is_taken_literally(hook: ModuleType) -> None:

@@ -203,7 +203,7 @@ def reproduced_results(name: str, folder: Path = CELLS) -> list[str]:
             for column in shown.columns:
                 spot = shown.spots[row.key, column.key]
                 if spot.mean is not None and spot.printed:
-                    place = (f"[{shown.name}](../evidence.md#tables)", row.label, column.label)
+                    place = (f"[{shown.name}](../evidence-tables.md#tables)", row.label, column.label)
                     ours = f"{spot.mean:.1f}" + (f" ± {spot.std:.1f}" if spot.std is not None else "")
                     printed = f"{spot.printed[0]:.1f}"
                     rows.append((*place, METRICS[row.metric], ours, str(len(spot.ours)), printed, shown.profile))

@@ -321,5 +321,5 @@ def name(table: str, row: str) -> str:
 
 
 def head(table: str, column: str) -> str:
-    """A column as its table calls it."""
-    return experiment(table).columns[column].label
+    """A column as its table is headed."""
+    return experiment(table).head(column, PROFILE)

@@ -367,8 +367,18 @@ def override(table: Table, texts: Sequence[str]) -> dict[str, object]:
 
 
 def read(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """A configuration from a TOML file; `name` is the file's when it gives none. Raises ConfigError."""
-    return parse(load(path), overrides)
+    """A configuration from a TOML file; `name` is the file's when it gives none.
+
+    Options of its method in [methods.<name>] hold as they do in a comparison; overrides of [algorithm] go before them.
+    Raises ConfigError.
+    """
+    table = override(load(path), overrides)
+    section, methods = table.get("algorithm", {}), table.get("methods", {})
+    name = section.get("name", "fedavg") if isinstance(section, Mapping) else None
+    if not isinstance(name, str) or not isinstance(methods, Mapping) or name not in methods:
+        return parse(table)
+    table["algorithm"] = _of_method(table, name)
+    return parse(table, [text for text in overrides if text.partition("=")[0].strip().split(".")[0] == "algorithm"])
 
 
 def load(path: Path | str) -> dict[str, object]:

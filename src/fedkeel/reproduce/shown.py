@@ -184,7 +184,7 @@ def show(found: Experiment, profile: str, outcomes: Sequence[Outcome]) -> Shown:
         profile=profile,
         seeds=tuple(sorted({each.cell.seed for each in outcomes})),
         rows=tuple(Head(r.key, r.label, bool(numbers) and not found.printed.get(r.key), r.metric) for r in rows),
-        columns=tuple(Head(column.key, column.label) for column in columns),
+        columns=tuple(Head(column.key, found.head(column.key, profile)) for column in columns),
         spots=_with_best(rows, columns, spots),
         digits=max((len(repr(number).partition(".")[2]) for number in numbers), default=2),
         order={column.key: pairs for column in columns if (pairs := _order(rows, column, spots))[1]},
@@ -444,22 +444,23 @@ def as_text(shown: Shown, width: int) -> list[Table]:
         for row in shown.rows
     ]
     room = width - 4 - max(len(line) for label in labels for line in label.plain.split("\n"))
-    blocks: list[list[tuple[Head, list[Text]]]] = [[]]
+    blocks: list[list[tuple[Text, list[Text]]]] = [[]]
     left = room
     for column in shown.columns:
+        head = Text(column.label.replace(" (", "\n("))
         cells = [lines(row, shown.spots[row.key, column.key]) for row in shown.rows]
-        wide = 3 + max(len(line) for text in (*cells, Text(column.label)) for line in text.plain.split("\n"))
+        wide = 3 + max(len(line) for text in (*cells, head) for line in text.plain.split("\n"))
         if wide > left and blocks[-1]:
             blocks.append([])
             left = room
-        blocks[-1].append((column, cells))
+        blocks[-1].append((head, cells))
         left -= wide
     out = []
     for block in blocks:
         table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True, padding=(0, 2, 0, 0))
         table.add_column("", no_wrap=True)
-        for column, _ in block:
-            table.add_column(Text(column.label), justify="right", no_wrap=True)
+        for head, _ in block:
+            table.add_column(head, justify="right", no_wrap=True)
         for at, label in enumerate(labels):
             table.add_row(label, *(cells[at] for _, cells in block))
         out.append(table)

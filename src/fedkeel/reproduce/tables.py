@@ -124,6 +124,12 @@ class Experiment:
             [column for column in self.columns.values() if profile in column.only],
         )
 
+    def head(self, column: str, profile: str) -> str:
+        """A column as its table is headed: its label, and what of its data set this profile has."""
+        found = self.columns[column]
+        part = _tables(_tables(_files()[PROTOCOLS], "parts"), profile).get(found.data)
+        return f"{found.label} ({part})" if part else found.label
+
     def printed_at(self, row: str, column: str) -> tuple[tuple[float, ...], str]:
         """What the paper prints in this place, in per cent, and why it cannot be relied on; "" where it can."""
         numbers = tuple(self.printed.get(row, {}).get(column, ()))
