@@ -27,6 +27,7 @@ from fedkeel.runtimes import auto
 from fedkeel.runtimes.base import Engine
 from fedkeel.runtimes.batched import Batched
 from fedkeel.runtimes.inprocess import InProcess
+from fedkeel.weights import Weights
 
 MOMENTUM = ("local.momentum=0.9", "local.weight_decay=0.01", "local.clip=0.5")
 
@@ -144,6 +145,14 @@ def test_what_is_refused_without_a_run() -> None:
     job = Job(config("fedavg"), battery.data())
     job.worker.model.features.append(nn.Dropout(0.5))
     with pytest.raises(ConfigError, match=r"^runtime = 'batched': torch.func cannot map over this network \(vmap: "):
+        Batched().start(job)
+
+
+def test_a_network_of_which_a_part_stands_still() -> None:
+    job = Job(config("fedavg"), battery.data())
+    next(job.worker.model.parameters()).requires_grad_(False)
+    job.worker.weights = Weights(job.worker.model)
+    with pytest.raises(ConfigError, match=r"^runtime = 'batched': the network has parameters without requires_grad"):
         Batched().start(job)
 
 

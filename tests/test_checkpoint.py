@@ -258,6 +258,19 @@ def test_a_generation_that_is_damaged_while_the_run_goes_on_is_the_next_to_be_wr
     assert rounds == [1, 3]
 
 
+def test_a_state_that_is_gone_makes_no_checkpoint(tmp_path):
+    """A generation that lacks one would be taken for whole, and the one before it be written over."""
+    kept = Kept(tmp_path, 3)
+    kept.round(kept.ids[:1])
+    before = newest(tmp_path).name
+    for path in (tmp_path / "clients").glob("*.safetensors"):
+        path.unlink()
+    kept.checkpoints._sums["clients"].clear()
+    with pytest.raises(StorageError, match=r"clients/.*\.safetensors is gone"):
+        kept.checkpoints.save(kept.server, kept.accepted)
+    assert newest(tmp_path).name == before
+
+
 def test_which_states_checkpoints_need(tmp_path):
     kept = Kept(tmp_path, 3)
     assert [kept.checkpoints.versions(client) for client in (0, 2, 5)] == [{0, 1}, {0, 1}, set()]

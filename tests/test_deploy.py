@@ -488,6 +488,14 @@ def test_a_configuration_of_any_text_survives_the_app(tmp_path: Path) -> None:
     assert read["project"]["dependencies"] == []
 
 
+def test_a_trackers_password_is_not_handed_to_the_sites() -> None:
+    """Flower installs the app on every node. The error does not repeat it either."""
+    with pytest.raises(ConfigError, match=r"mlflow = 'https://\.\.\.@host': .*MLFLOW_TRACKING_PASSWORD") as found:
+        submit.app(tiny.config("mlflow=https://me:secret@host/api"))
+    assert "secret" not in str(found.value)
+    submit.app(tiny.config("mlflow=https://host/api"))
+
+
 # refusals -------------------------------------------------------------------------------------------------------------
 
 

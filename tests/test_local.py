@@ -331,6 +331,57 @@ def test_what_stands_still_has_no_gradient_computed():
     assert seen == [[False, False, True, True]] * 2
 
 
+@pytest.mark.parametrize("options", OPTIMISERS.values(), ids=OPTIMISERS)
+def test_parameters_without_gradient_never_move(options):
+    """Neither by decay nor by momentum, as in torch.optim.SGD; those around them do."""
+
+    class Pulls(Algorithm):
+        def correct(self, local, grad):
+            return grad.add_(1.0)
+
+    model = perceptron()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name != "features.1.bias" and not name.startswith("head.w"))
+    names = [name for name, _ in model.named_parameters()]
+    worker, server = tiny.worker(model, [tiny.samples(8)], Training(lr=0.05, epochs=2, **options), Pulls())
+    delta = worker.weights.layout.named(worker.fit(server, 0, None).update.delta)
+    still = [name for name in names if not delta[name].any()]
+    assert still == [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert len(still) == 2 and len(names) == 4
+
+
+def test_scaffolds_gradient_leaves_out_what_is_not_trained():
+    """The full gradient over a network of which a part has none."""
+    model = perceptron()
+    next(model.parameters()).requires_grad_(False)
+    worker, local = opened(model, 8, Training())
+    found = worker.weights.layout.named(full_gradient(local, worker.algorithm))
+    assert [bool(each.any()) for each in found.values()] == [False, True, True, True]
+
+
+def test_what_a_method_returns_shares_no_memory_with_the_network():
+    """Which the next client trains, before the server or a state has been looked at."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Live(Algorithm):
+        def sends(self):
+            return {"w": "as the delta"}
+
+        def client_state(self, params):
+            return {"mine": params}
+
+        def upload(self, local):
+            return Update(1.0, local.params, extra={"w": local.params[:3]}, keep={"mine": local.params})
+
+    worker, server = tiny.worker(perceptron(), [tiny.samples(8), tiny.samples(8)], Training(lr=0.05), Live())
+    reply = worker.fit(server, 0, None)
+    trained = worker.weights.params.clone()
+    worker.fit(server, 1, None)
+    worker.weights.flat.zero_()
+    assert torch.equal(reply.update.delta, trained) and torch.equal(reply.update.extra["w"], trained[:3])
+    assert torch.equal(reply.state["mine.mine"], trained)
+
+
 def test_momentum_that_was_kept_moves_to_the_device():
     """As a state that was read from a file: it lies on the CPU, wherever training is."""
     training = Training(momentum=0.9, optimiser="keep")

@@ -25,7 +25,7 @@ from fedkeel import loop, registry
 from fedkeel.algorithms.base import Algorithm
 from fedkeel.config import read
 from fedkeel.errors import CheckpointError, ConfigError, RunError, TooFewClients, UndeclaredField, UserError
-from fedkeel.job import Job, assign
+from fedkeel.job import Job, assign, steady
 from fedkeel.loop import Result, resume, run
 from fedkeel.models.split import Split
 from fedkeel.record import Silent, numbers
@@ -237,6 +237,35 @@ def test_the_global_model_stands_still_until_it_is_aggregated(data, room):
     result = run(tiny.config("algorithm.name=watching"), data=data)
     assert not any(record["failed"] for record in result.rounds)
     assert sorted(number for number, _ in seen) == [0, 1, 2, 3]
+
+
+def test_a_server_that_returns_its_network(data, room):
+    """It is lent for the time of `aggregate`: clients train it afterwards. As a copy of it gives."""
+
+    @register("algorithms", "lent")
+    @dataclass(frozen=True, kw_only=True)
+    class Lent(Algorithm):
+        copied: bool = False
+
+        def aggregate(self, server, updates):
+            after = super().aggregate(server, updates)
+            weights = server.lab.weights
+            weights.params.copy_(after.params)
+            return replace(after, params=weights.params.clone() if self.copied else weights.params)
+
+    live, copied = (run(tiny.config("algorithm.name=lent", f"algorithm.copied={each}"), data=data)
+                    for each in ("false", "true"))  # fmt: skip
+    assert comparable(live) == comparable(copied)
+    assert all(torch.equal(live.weights[name], copied.weights[name]) for name in live.weights)
+
+
+def test_cuda_is_asked_for_the_same_numbers_again(monkeypatch):
+    """A job on CUDA does this; here without one, that the names are PyTorch's."""
+    flags = {"deterministic": True, "benchmark": False, "allow_tf32": False}
+    for name, value in flags.items():
+        monkeypatch.setattr(torch.backends.cudnn, name, not value)
+    steady()
+    assert {name: getattr(torch.backends.cudnn, name) for name in flags} == flags
 
 
 def failing(room: str, clients: dict[int, tuple[int, ...]], how: str) -> None:

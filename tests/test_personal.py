@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+from fedkeel.algorithms.base import Algorithm
 from fedkeel.algorithms.fedavg_ft import FedAvgFT
 from fedkeel.job import Job
 from fedkeel.loop import resume, run
@@ -229,6 +230,37 @@ def test_tuning_begins_without_the_momentum_of_training(data):
         tuned.append(job.worker.weights.params.clone())
     assert torch.equal(tuned[0], tuned[1]) and torch.equal(tuned[0], tuned[2])
     assert not torch.equal(tuned[0], server.params)
+
+
+class Warned(Silent):
+    """Keeps what the run warns of."""
+
+    def __init__(self):
+        self.texts: list[str] = []
+
+    def warned(self, text):
+        self.texts.append(text)
+
+
+@pytest.mark.parametrize("runtime", ["inprocess", "pool"])
+def test_a_client_whose_model_cannot_be_measured(data, runtime, monkeypatch, tmp_path):
+    """Is left out with a warning, and the run ends; the others are as without it."""
+    options = ("algorithm.name=fedavg_ft", "personal.epochs=1", "rounds=1", f"runtime={runtime}", "workers=2")
+    whole = run(tiny.config(*options), data=data)
+
+    def fails(self, local):
+        if local.client == 1:
+            raise ValueError("one value per channel")
+
+    monkeypatch.setattr(Algorithm, "personalise", fails)
+    said = Warned()
+    result = run(tiny.config(*options), data=data, folder=tmp_path / "run", listener=said)
+    found, before = (each.rounds[-1]["personal/clients"] for each in (result, whole))
+    assert found == [before[0], None, *before[2:]]
+    assert (tmp_path / "run/model.safetensors").is_file()
+    assert [text for text in said.texts if "own model" in text] == [
+        "client 1: its own model could not be measured: ValueError: one value per channel"
+    ]
 
 
 @pytest.mark.parametrize(("how", "count"), [("owned", 5), ("all", 8), ("none", 3)])

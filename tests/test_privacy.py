@@ -232,7 +232,18 @@ def test_resume_equals_no_stop(data: Dataset, tmp_path: Path) -> None:
     assert [numbers(record) for record in whole.rounds] == [numbers(record) for record in halved.rounds]
     values = [record["privacy/epsilon"] for record in whole.rounds]
     assert values == sorted(values) and values[0] > 0
-    assert all(record["privacy/epsilon"] <= record["privacy/epsilon_known"] for record in whole.rounds)
+
+
+def test_each_round_has_noise_of_its_own(data: Dataset) -> None:
+    """Also under "seed": the same noise in every round would cancel out between two models. Clients that do not move
+    leave nothing but the noise."""
+    pytest.importorskip("dp_accounting")
+    still = tiny.config(*PRIVATE, "local.lr=1e-30")
+    start, one, two = (run(replace(still, rounds=rounds), data=data).weights for rounds in (1, 2, 3))
+    for name in start:
+        first, second = one[name] - start[name], two[name] - one[name]
+        assert first.norm() > 0 and second.norm() > 0
+        assert not torch.allclose(first, second, rtol=0.1)
 
 
 def test_epsilon_is_shown(tmp_path: Path, data: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
@@ -344,14 +355,15 @@ def accounting(z: float, clients: int, cohorts: list[list[int]], samples: list[l
 
 
 def test_a_loose_bound_for_samples_is_not_used() -> None:
-    """Halves that take turns: each client has two rounds of four, which costs less than the theorem has for samples of
-    one half, and holds for all."""
+    """With little noise the theorem for samples of one half has more than four rounds of everybody cost, which hold for
+    whatever is drawn. That halves took turns, two rounds for each client, is known to those alone who know the draw:
+    composed numerically, what others learn is at least 45.6, and two rounds cost 35.4."""
     pytest.importorskip("dp_accounting")
     accountant = accounting(0.5, 4, [[2, 3], [0, 1]] * 2)
     accountant.recall({}, 3)
-    known = privacy.gaussian(0.5, 2, 1e-3)
-    assert accountant.sampled({2: 4}) > known
-    assert accountant.release(3) == {"privacy/epsilon": known, "privacy/epsilon_known": known}
+    known, all_rounds = (privacy.gaussian(0.5, rounds, 1e-3) for rounds in (2, 4))
+    assert accountant.sampled({2: 4}) > all_rounds > 45.62 > known
+    assert accountant.release(3) == {"privacy/epsilon": all_rounds, "privacy/epsilon_known": known}
 
 
 def test_who_was_not_drawn_gains_nothing_by_the_draw() -> None:

@@ -168,12 +168,15 @@ class Checkpoints:
         return ""
 
     def _flushed(self, store: str, keys: list[tuple[int, int]]) -> Sums:
-        """The states of these (client, round), on disk, with their checksums."""
+        """The states of these (client, round), on disk, with their checksums. Raises StorageError where one is gone."""
         self._stores[store].flush(keys)
         known = self._sums[store]
         for key in keys:
             if key not in known:
-                known[key] = checksum(self._stores[store].file(*key))
+                file = self._stores[store].file(*key)
+                known[key] = checksum(file)
+                if not known[key]:
+                    raise StorageError(f"{file} is gone: no checkpoint can be made of round {key[1] + 1}")
         return {key: known[key] for key in keys}
 
     def _elsewhere(self, accepted: Mapping[int, int]) -> Sums:

@@ -146,8 +146,9 @@ class Config:
     checkpoint_every: int = option(1, "rounds between checkpoints", ge=1)
     memory: float = option(
         2.0,
-        "gigabytes of client states, and of generators that clients tuned, held in memory; the rest lies on disk",
+        "gigabytes held in memory, of client states and again of tuned generators; the rest lies on disk",
         gt=0,
+        le=1e6,
     )
     tensorboard: bool = option(False, "write TensorBoard events beside rounds.jsonl (extra `track`)")
     mlflow: str = option("", "MLflow tracking address, as http://localhost:5000; empty = none (extra `track`)")
@@ -191,7 +192,7 @@ class Config:
             raise ConfigError(
                 "federation.sites", list(self.federation.sites), f"names {len(self.federation.sites)} of {self.clients}"
             )
-        if not self.name or "/" in self.name or self.name.startswith("."):
+        if not self.name or "/" in self.name or self.name.startswith(".") or not self.name.isprintable():
             raise ConfigError("name", self.name, "must be a plain folder name")
         if self.balance is not None and isinstance(self.algorithm, Over):
             names = [registry.name_of("algorithms", type(thing)) for thing in (self.balance, self.algorithm)]

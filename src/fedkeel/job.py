@@ -173,6 +173,8 @@ class Job:
         self.config = config
         self.streams = Streams(config.seed)
         self.device = find_device(config.device)
+        if self.device.type == "cuda":
+            steady()
         self._samples = None if holdings is None else holdings.samples
         self._total = None if holdings is None else holdings.total
         if holdings is None:
@@ -247,8 +249,7 @@ class Job:
                 yield f"{section}.{option} = {value}: this switches the method off"
             if why := method.idle(self.worker.model, len(self.data.classes)):
                 yield f"{section}.name = {registry.name_of('algorithms', type(method))}: {why}"
-        emulated = self.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if config.local.precision == "bfloat16" and emulated:
+        if config.local.precision == "bfloat16" and self.device.type == "cpu" and not _has_bfloat16():
             yield "local.precision = 'bfloat16': this processor does not have it, float32 is faster by far"
         if config.privacy is not None and config.privacy.noise_multiplier == 0:
             yield "privacy.noise_multiplier = 0.0: without noise nothing is private, and epsilon is infinite"
@@ -402,16 +403,24 @@ class Job:
         """Where pools of images lie, each in a folder of its own, and what clients tuned, in `adapters`."""
         return Path(self.config.pool.dir).expanduser() if self.config.pool.dir else default_root()
 
+    @property
+    def needing(self) -> list[int]:
+        """Who needs a generator: the clients that train on synthetic images, and the server, number `config.clients`,
+        where it does."""
+        return self.filled + ([self.config.clients] if self.config.algorithm.generates else [])
+
+    def check_generators(self) -> None:
+        """Raises ConfigError when images are needed and no generator is named; none is loaded."""
+        for client in self.needing:
+            _named(self.generator_of(client))
+
     def untuned(self) -> dict[str, dict[str, object]]:
         """What is to be known of the generators that this run uses, by section: "generator", "unconstrained", ...
 
         Raises ConfigError when one is missing.
         """
-        needed = self.filled
-        if self.config.algorithm.generates:
-            needed.append(self.config.clients)
         out: dict[str, dict[str, object]] = {}
-        for client in needed:
+        for client in self.needing:
             key, generator = self.section_of(client), self.generator_of(client)
             if key not in out:
                 source = self._load(generator)
@@ -458,10 +467,7 @@ class Job:
         return self._tuned[client]
 
     def _load(self, generator: Generator | None) -> Source:
-        if generator is None:
-            raise ConfigError(
-                "generator", None, "this run needs synthetic images: name a generator (fedkeel list generators)"
-            )
+        generator = _named(generator)
         if generator not in self._loaded:
             data = self.data
             try:
@@ -618,6 +624,15 @@ def spent(keep: Path) -> dict[str, object]:
     return {"steps": int(note["steps"]), "of": int(note["of"]), "seconds": round(float(note["seconds"]), 3)}
 
 
+def _named(generator: Generator | None) -> Generator:
+    """The generator. Raises ConfigError when the configuration names none."""
+    if generator is None:
+        raise ConfigError(
+            "generator", None, "this run needs synthetic images: name a generator (fedkeel list generators)"
+        )
+    return generator
+
+
 def _from(progress: Progress, before: int, total: int, done: int, _: int) -> None:
     """Progress within one pool as a part of all."""
     progress(before + done, total)
@@ -660,6 +675,13 @@ def assign(profiles: Profiles, clients: int, streams: Streams) -> list[str]:
     return ["unconstrained" if k in free else "none" if k in none else "constrained" for k in range(clients)]
 
 
+def steady() -> None:
+    """Convolutions on CUDA by algorithms that give the same numbers again, in float32 where that was asked for: cuDNN
+    would choose the fastest, some of which add up in any order, and multiply in TF32, of 10 bits."""
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def find_device(name: str) -> torch.device:
     """The device of that name; "auto" is the first GPU, or the CPU. Raises DeviceError, or ConfigError for nonsense."""
     if name == "auto":
@@ -674,6 +696,12 @@ def find_device(name: str) -> torch.device:
     ):
         raise DeviceError(f"device = {name!r}: this machine has no such device")
     return device
+
+
+def _has_bfloat16() -> bool:
+    """Whether this processor computes in bfloat16; builds of PyTorch without oneDNN (macOS) cannot say, and emulate."""
+    supported: Callable[[], bool] | None = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and supported()
 
 
 def quiet() -> None:

@@ -240,6 +240,7 @@ class Worker:
             metrics |= {f"local_after/{name}": value for name, value in measure(self.model).items()}
         update = self.algorithm.upload(local)
         self._check(update, local)
+        update = self._apart(update)
         own = self.weights.own
         reason = not_finite(update, self.weights.buffers, own, local)
         if reason:
@@ -322,6 +323,13 @@ class Worker:
         if name not in self._homes:
             self._homes |= {key: tensor.device for key, tensor in self.algorithm.client_state(server.params).items()}
         return self._homes[name]
+
+    def _apart(self, update: Update) -> Update:
+        """The update, sharing no memory with the network: a method may return `local.params`, and the network is the
+        next client's before the server has looked."""
+        extra = {name: self.weights.apart(tensor) for name, tensor in update.extra.items()}
+        keep = {name: self.weights.apart(tensor) for name, tensor in update.keep.items()}
+        return replace(update, delta=self.weights.apart(update.delta), extra=extra, keep=keep)
 
     def _check(self, update: Update, local: Local) -> None:
         undeclared = sorted(set(update.extra) - set(self.algorithm.sends()))
@@ -555,7 +563,7 @@ def full_gradient(local: Local, algorithm: Algorithm) -> Tensor:
     trained = local.params.clone()
     # a loss may note there what it saw in training, which this is not
     aside = replace(local, scratch={name: tensor.clone() for name, tensor in local.scratch.items()})
-    parameters = [entry for entry in local.layout.entries if entry.trained and not entry.own]
+    parameters = [entry for entry in local.layout.entries if entry.trained and not entry.own and not entry.rule.still]
     named = dict(local.model.named_parameters())
     total = torch.zeros_like(trained)
     with statistics_kept(local.model):

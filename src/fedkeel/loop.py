@@ -34,7 +34,7 @@ from fedkeel.records import Reply, Server, Update
 from fedkeel.rng import isolated
 from fedkeel.robust import agreed
 from fedkeel.runtimes.base import Choosing, Engine, Runtime
-from fedkeel.weights import Layout, Statistics, finite
+from fedkeel.weights import Layout, Statistics, Weights, finite
 
 NEEDED = ("fedkeel", "torch", "numpy", "safetensors")
 EXTRAS = ("diffusers", "transformers", "peft", "accelerate", "sdnq", "bitsandbytes")
@@ -201,6 +201,7 @@ def one_round(job: Job, runtime: Runtime, server: Server, accepted: dict[int, in
         lab = job.lab(number)
         with isolated(lab.streams("layers")):  # a method may train on the server
             after = job.method.aggregate(replace(server, lab=lab, samples=job.total), round_)
+        after = _apart(after, job.worker.weights)
     round_.drain()
     _enough(config, number, round_)
     if set(after.shared) != set(server.shared):
@@ -236,6 +237,22 @@ def one_round(job: Job, runtime: Runtime, server: Server, accepted: dict[int, in
         "seconds/evaluate": round(time.perf_counter() - trained, 4),
     }
     return after, record
+
+
+def _apart(server: Server, weights: Weights) -> Server:
+    """The same, sharing no memory with the network that the server lent to `aggregate` and clients train."""
+
+    def each(table: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: weights.apart(tensor) for name, tensor in table.items()}
+
+    return replace(
+        server,
+        params=weights.apart(server.params),
+        buffers=weights.apart(server.buffers),
+        shared=each(server.shared),
+        private=each(server.private),
+        beside=each(server.beside),
+    )
 
 
 class Incoming:

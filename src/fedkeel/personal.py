@@ -13,15 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from fedkeel.evaluate import evaluate
-from fedkeel.local import Training, descend
+from fedkeel.local import Training, descend, tried
 from fedkeel.options import option
-from fedkeel.records import Local, Phase, Samples, Server
+from fedkeel.records import Local, Phase, Reply, Samples, Server
 from fedkeel.rng import isolated
 
 if TYPE_CHECKING:
@@ -107,11 +108,23 @@ def measure(job: Job, curves: Sequence[Curve], before: Sequence[Mapping[str, Any
 
 
 def curves(job: Job, server: Server, accepted: Mapping[int, int]) -> list[Curve]:
-    """`curve_of` for each client, one after another."""
-    return [
-        curve_of(job, server, client, job.store.open(client, accepted.get(client)), job.mail(server, client))
-        for client in range(job.clients)
-    ]
+    """`curve_of` for each client, one after another; of one that fails, `unmeasured`."""
+
+    def one(client: int) -> Curve:
+        state = job.store.open(client, accepted.get(client))
+        return curve_of(job, server, client, state, job.mail(server, client))
+
+    curves: list[Curve] = []
+    for client in range(job.clients):
+        found = tried(client, partial(one, client))
+        curves.append(unmeasured(job, f"client {client}", found.failure) if isinstance(found, Reply) else found)
+    return curves
+
+
+def unmeasured(job: Job, who: str, why: str) -> Curve:
+    """In place of the curve of a client whose model could not be measured: the others' count, and the run goes on."""
+    job.warn(f"{who}: its own model could not be measured: {why}")
+    return [], 0
 
 
 def curve_of(

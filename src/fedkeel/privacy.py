@@ -166,7 +166,8 @@ class Accountant:
     """Epsilon of all rounds that were released, in two readings.
 
     `privacy/epsilon` holds against those who do not know who took part in which round (the sample is their doubt),
-    `privacy/epsilon_known` against those who do: it counts the rounds of the client that was in most of them.
+    `privacy/epsilon_known` against those who do: it counts the rounds of the client that was in most of them. The
+    second may be the smaller one after few rounds: it is of the draw that happened, the first of all that could have.
 
     A round counts as often as it was finished: one that is done again with other noise is a second release.
     """
@@ -204,9 +205,12 @@ class Accountant:
             self._count(number, 1)
         if not self.options.noise_multiplier:
             return {"privacy/epsilon": math.inf, "privacy/epsilon_known": math.inf}
-        known = gaussian(self.options.noise_multiplier, max(self._rounds.values()), self.delta)
-        # what holds for those who know the cohorts holds for all, and the bound for samples is the wider one at times
-        return {"privacy/epsilon": min(known, self.sampled(self._sizes)), "privacy/epsilon_known": known}
+        noise = self.options.noise_multiplier
+        known = gaussian(noise, max(self._rounds.values()), self.delta)
+        # The bound for samples is at times wider than that of a client that took part in all rounds, which holds for
+        # every draw. `known` holds for the draw that happened: who does not know it has to reckon with all of them.
+        secret = min(gaussian(noise, sum(self._sizes.values()), self.delta), self.sampled(self._sizes))
+        return {"privacy/epsilon": secret, "privacy/epsilon_known": known}
 
     def _count(self, number: int, times: int) -> None:
         cohort, sample = list(self._cohort(number)), list(self._sample(number))

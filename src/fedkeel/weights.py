@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,14 @@ class Rule:
     """How the SGD loop treats a parameter that is not like the others (see `treat`).
 
     lr: factor on the client's learning rate. decay: whether weight decay applies. rows: a row (first dimension) without
-    gradient in a step does not move, neither by momentum nor by decay.
+    gradient in a step does not move, neither by momentum nor by decay. still: it never moves, as the model has it
+    without `requires_grad`; it crosses with the others.
     """
 
     lr: float = 1.0
     decay: bool = True
     rows: bool = False
+    still: bool = False
 
 
 def treat(module: nn.Module, name: str, rule: Rule) -> None:
@@ -89,6 +91,8 @@ class Layout:
         self.counters: tuple[str, ...] = ()
         self.own_counters: tuple[str, ...] = ()
         for name, buffer in model.named_buffers():
+            if buffer.is_complex() or (buffer.is_floating_point() and buffer.dtype != torch.float32):
+                raise ConfigError("model", str(buffer.dtype), f"buffer {name} must be float32 or of whole numbers")
             if buffer.is_floating_point():
                 tensors[False, personal(name, owner[name])].append((name, buffer))
             elif personal(name, owner[name]):
@@ -100,6 +104,8 @@ class Layout:
             begin = start
             for name, tensor in group:
                 rule = getattr(tensor, "rule", Rule())
+                if trained and not tensor.requires_grad:
+                    rule = replace(rule, still=True)
                 kind = type(owner[name]).__name__
                 entries.append(Entry(name, tuple(tensor.shape), start, tensor.numel(), trained, own, kind, rule))
                 start += tensor.numel()
@@ -114,14 +120,6 @@ class Layout:
         """Views by name into a full vector ([total]) or into one of its leading parts ([shared] or [trained])."""
         return {entry.name: entry.view(flat) for entry in self.entries if entry.start + entry.size <= len(flat)}
 
-    def named_buffers(self, buffers: Tensor) -> dict[str, Tensor]:
-        """Views by name into the vector of shared buffers, [buffers]."""
-        return {
-            entry.name: entry.view(buffers, self.trained)
-            for entry in self.entries
-            if not entry.trained and not entry.own
-        }
-
     def mask(self, model: nn.Module, where: Predicate) -> Tensor:
         """[shared] bool: true for the elements of parameters for which `where(name, owning module)` holds."""
         owner = dict(model.named_modules())
@@ -132,13 +130,15 @@ class Layout:
         return mask
 
     def spans(self) -> list[tuple[slice, Rule, int]]:
-        """Runs of neighbouring parameters under one rule, with their rows (1 unless the rule goes by rows)."""
+        """Runs of neighbouring parameters that move, under one rule, with their rows (1 unless it goes by rows)."""
         spans: list[tuple[slice, Rule, int]] = []
         for entry in self.entries:
             if not entry.trained:
                 break
-            stop = entry.start + entry.size
-            if spans and spans[-1][1] == entry.rule and not entry.rule.rows and spans[-1][0].stop != self.shared:
+            if entry.rule.still:
+                continue
+            stop, last = entry.start + entry.size, spans[-1] if spans else (slice(0, 0), None, 1)
+            if last[1] == entry.rule and not entry.rule.rows and last[0].stop == entry.start != self.shared:
                 spans[-1] = (slice(spans[-1][0].start, stop), entry.rule, 1)
             else:
                 spans.append((slice(entry.start, stop), entry.rule, entry.shape[0] if entry.rule.rows else 1))
@@ -231,6 +231,11 @@ class Weights:
         self.params.copy_(params)
         self.buffers.copy_(buffers)
         self.counters = counters
+
+    def apart(self, tensor: Tensor) -> Tensor:
+        """The same numbers in memory of their own, where they are a view of this model, which trains on."""
+        mine = {each.untyped_storage().data_ptr() for each in (self.flat, self.grad)}
+        return tensor.clone() if tensor.untyped_storage().data_ptr() in mine else tensor
 
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors by name in the usual memory order, on the CPU, for writing to disk."""

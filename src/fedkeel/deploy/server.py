@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -182,8 +183,8 @@ def _check_certificate(keys: Path, say: Say) -> None:
 def _up(server: Server, link: subprocess.Popen[bytes], stop: threading.Event) -> bool:
     """Waits for the server. Raises RunError when it does not answer, or answers without its guard, ConfigError when
     its certificate cannot be verified."""
-    last = ""
-    for _ in range(int(START / 0.5)):
+    last, until = "", time.monotonic() + START
+    while time.monotonic() < until:
         if stop.is_set() or link.poll() is not None:
             return False
         try:

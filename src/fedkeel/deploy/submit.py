@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import tomli_w
 
@@ -27,7 +28,15 @@ Say = Callable[[str], None]
 def app(
     config: Config, resume: bool = False, runs_dir: str = "", components: tuple[str, str] = COMPONENTS
 ) -> dict[str, object]:
-    """The pyproject.toml of a Flower app that is nothing but a configuration."""
+    """The pyproject.toml of a Flower app that is nothing but a configuration, which Flower hands to every node.
+
+    Raises ConfigError for a tracker's address with a password.
+    """
+    address = urlsplit(config.mlflow)
+    if address.username is not None:
+        known = f"{address.scheme}://...@{address.hostname}"
+        instead = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the server's environment"
+        raise ConfigError("mlflow", known, f"every site would get the password; put it into {instead}")
     name = re.sub(r"[^a-z0-9]+", "-", config.name.lower()).strip("-")
     return {
         "project": {

@@ -54,6 +54,8 @@ def refused(job: Job) -> str:
         return f"under {name} clients have parameters of their own"
     if layout.total > layout.trained or layout.counters or layout.own_counters:
         return "the network keeps statistics (BatchNorm), which clients at once cannot; model.norm = 'group' goes"
+    if any(entry.rule.still for entry in layout.entries):
+        return "the network has parameters without requires_grad"
     if training.optimiser == "keep":
         return "momentum that lasts on the client (local.optimiser = 'keep') is not kept here"
     if training.precision != "float32":

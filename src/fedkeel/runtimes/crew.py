@@ -204,8 +204,9 @@ class Crew:
                 tasks.append(self._task("curve", place, server, client, accepted, rows))
         for task, answer in zip(tasks, self._each(tasks), strict=True):
             if isinstance(answer, Lost):
-                raise lost(f"the personal model of client {task.client}", answer)
-            curves[task.client] = answer.value
+                curves[task.client] = personal.unmeasured(self.job, f"client {task.client}", answer.reason)
+            else:
+                curves[task.client] = answer.value
         return curves
 
     def close(self) -> None:

@@ -151,7 +151,7 @@ class Client:
     def kept(self, store: ClientStore) -> State | None:
         """What the client kept as of the round that the server names. Raises CheckpointError when that is gone."""
         accepted = self.facts["accepted"]
-        if accepted is not None and not store.file(self.number, accepted).is_file() and not keeps(self.job):
+        if accepted is not None and not store.file(self.number, accepted).is_file() and not self.job.worker.keeps:
             return None  # as good as the one that is gone: there is nothing in it
         return store.open(self.number, accepted)
 
@@ -164,13 +164,6 @@ class Client:
                 path.unlink(missing_ok=True)
         for path in store.folder.glob("*.partial"):  # of a process that was killed
             path.unlink(missing_ok=True)
-
-
-def keeps(job: Job) -> bool:
-    """Whether a client has anything to keep between rounds."""
-    layout = job.worker.weights.layout
-    own = layout.own or layout.own_buffers or layout.own_counters
-    return bool(own or job.worker.training.optimiser == "keep" or job.method.client_state(job.worker.weights.params))
 
 
 def info(client: Client) -> Packet:

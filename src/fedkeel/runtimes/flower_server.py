@@ -7,14 +7,14 @@ import sys
 import time
 import tomllib
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 
-from fedkeel import loop
+from fedkeel import loop, personal
 from fedkeel.config import Config, parse
 from fedkeel.data.dataset import Dataset
 from fedkeel.errors import ConfigError, FedkeelError, RunError, TooFewClients
@@ -76,6 +76,7 @@ class FlowerRuntime:
         self._prepared: set[int] = set()  # nodes
         self._unprepared: dict[int, list[str]] = {}  # why there was no answer to that, by client, since the round began
         self._said: set[str] = set()
+        self._down: dict[int, int] = {}  # bytes of the last letter, by client
 
     # rounds -----------------------------------------------------------------------------------------------------------
 
@@ -92,7 +93,7 @@ class FlowerRuntime:
             roster.wait(clients, wanted, self.options.join_wait)
         ready = self._prepared_of(clients, wanted)
         answers = self._send("train.fit", server, ready, accepted, self.options.deadline, measure)
-        expected = expected_of(job, server, clients[0])  # while clients train
+        expected = expected_of(job, server, clients[0], self._warn)  # while clients train
         for client in clients:
             if client not in answers:
                 yield Reply(client, failure=self._absent(client))
@@ -106,7 +107,7 @@ class FlowerRuntime:
                 if not reply.failure:
                     expected = likely
                 self._heed(client, answer)
-            yield replace(reply, bytes_down=0 if job.method.pooled else payload(server, job.mail(server, client)))
+            yield replace(reply, bytes_down=0 if job.method.pooled else self._down[client])
 
     def _prepared_of(self, clients: Sequence[int], wanted: int) -> list[int]:
         """Those who can train, so many of them if there is a way: clients that have yet to make their images are waited
@@ -178,7 +179,9 @@ class FlowerRuntime:
                     "measure": client in measure,
                     "deadline": seconds,
                 }
-                yield Letter(node, action, wire.down(shared, self.job.mail(server, client), facts), seconds)
+                mail = self.job.mail(server, client)
+                self._down[client] = payload(server, mail)
+                yield Letter(node, action, wire.down(shared, mail, facts), seconds)
 
         return dict(zip(there, send(self.post, letters(), len(there)), strict=True))
 
@@ -258,8 +261,7 @@ class FlowerRuntime:
                     raise Malformed(NO_NODE)
                 out.append(curve(answers.pop(client).wait(), client, self.limit))
             except Malformed as error:
-                self.job.warn(f"{roster.name(client)}: its own model could not be measured: {error}")
-                out.append(([], 0))
+                out.append(personal.unmeasured(self.job, roster.name(client), str(error)))
         return out
 
     def close(self) -> None:
@@ -288,12 +290,12 @@ def curve(answer: Packet | Lost, client: int, limit: float) -> Curve:
     return values, size
 
 
-def expected_of(job: Job, server: Server, client: int) -> dict[str, wire.Kind] | None:
+def expected_of(job: Job, server: Server, client: int, warn: Callable[[str], None]) -> dict[str, wire.Kind] | None:
     """What a client sends in this round, by a step that the server trains for itself on noise; None where the method
     cannot do that. The method's declaration has names only; what comes must have the right shapes too."""
     reply = rehearsed(job, server, client, 2 * len(job.data.classes), 1)
     if reply.update is None:
-        job.warn(f"the server cannot try what clients send: {reply.failure}")
+        warn(f"the server cannot try what clients send: {reply.failure}")
         return None
     return wire.kinds(reply)
 
