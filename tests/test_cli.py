@@ -8,8 +8,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import metadata, requires
+from importlib.metadata import PackageNotFoundError, metadata, requires
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import Result
@@ -17,7 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fedkeel
-from fedkeel import catalogue, cli, comparison, contact, registry
+from fedkeel import catalogue, cli, comparison, contact, doctor, registry
 from fedkeel.comparison import compare, slug
 from fedkeel.config import NAMED, load
 from fedkeel.data.dataset import Dataset
@@ -366,6 +367,26 @@ def test_a_failed_cell_does_not_stop_the_others(config: Path, data: Dataset, no_
     assert list(json.loads(Path("out/summary.json").read_text())["methods"]) == ["fedavg", "fbl"]
 
 
+def test_a_mistake_of_one_method_does_not_stop_the_others(config: Path, data: Dataset, no_report: None) -> None:
+    """A generator that does not load is found by the run that needs it."""
+    table = load(config) | {"rounds": 1, "generator": {"name": "folder", "dir": "nowhere"}}
+    with pytest.raises(RunError, match="1 of 2 runs failed: fbl-seed1: nowhere has neither"):
+        compare(table, ["fbl", "fedavg"], [1], "out", data=data)
+    assert list(json.loads(Path("out/summary.json").read_text())["methods"]) == ["fedavg"]
+
+
+def test_a_method_without_its_generator_is_refused_before_anything_runs(
+    config: Path, data: Dataset, no_report: None
+) -> None:
+    table = {key: value for key, value in load(config).items() if key != "generator"} | {"rounds": 1}
+    for needs in ("fbl", "fgl"):
+        with pytest.raises(ConfigError, match="generator = None: this run needs synthetic images: name a generator"):
+            compare(table, ["fedavg", needs], [1], "out", data=data)
+        assert not Path("out").exists()
+    none = {**table, "profiles": {"none": 1.0}}  # nobody who could generate: no generator is needed
+    assert list(compare(none, ["fedavg", "fbl"], [1], "out", data=data).results) == [("fedavg", 1), ("fbl", 1)]
+
+
 def test_starting_afresh_removes_only_what_began_so(config: Path, data: Dataset, no_report: None) -> None:
     table = load(config) | {"rounds": 1}
     compare(table, ["fedavg", "fedprox"], [1], "out", data=data, again=True)
@@ -433,6 +454,9 @@ def test_partition_shows_what_the_run_will_use(config: Path, no_report: None) ->
     other = fedkeel_("partition", config, "partition.alpha=3")
     assert other.exit_code == 2
     assert "partition.alpha is 3.0, in the manifest 0.5" in other.stderr
+    Path("taken/partition.png").mkdir(parents=True)
+    refused = fedkeel_("partition", config, "--out", "taken")
+    assert refused.exit_code == 2 and "cannot write taken/partition.png" in refused.stderr
 
 
 def test_generate_fills_the_pool(config: Path) -> None:
@@ -588,3 +612,30 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "fedkeel.doctor.examine", lambda: [Check("cache", "broken", "read-only", "export FEDKEEL_CACHE=")]
     )
     assert fedkeel_("doctor").exit_code == 1
+
+
+def test_doctor_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A check that fails keeps no other from its turn."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("FEDKEEL_CACHE", str(cache))
+    monkeypatch.setitem(doctor._CHECKS, "torch", lambda: 1 // 0)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=1_500_000_000))
+
+    def unknown(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(doctor, "version", unknown)  # run from its source, without an installation
+    (cache / "cifar10").mkdir(parents=True)
+    found = {check.name: check for check in examine()}
+    wrong, little = found["torch"], found["disk"]
+    assert (wrong.state, wrong.found) == ("broken", "ZeroDivisionError: integer division or modulo by zero")
+    assert (little.state, little.found) == ("absent", "here 1.5 GB free, cache 1.5 GB free")
+    assert "FEDKEEL_CACHE" in little.mend
+    assert found["python"].state == "ok" and found["python"].found.endswith("fedkeel of unknown version")
+    assert found["cifar10"] == Check("cifar10", "absent", "not fetched", "fedkeel data get cifar10")
+
+    (cache / "cifar10" / "train-0.parquet").touch()
+    part = doctor._cifar10()
+    assert part.state == "absent" and part.mend == f"rm -r {cache / 'cifar10'}; fedkeel data get cifar10"
+    (cache / "cifar10" / "test-0.parquet").touch()
+    assert doctor._cifar10() == Check("cifar10", "ok", str(cache / "cifar10"))

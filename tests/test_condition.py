@@ -164,6 +164,19 @@ def test_describers_are_loaded_once_until_memory_is_short(
     assert free_memory() >= 0
 
 
+def test_a_model_that_has_no_room_when_it_comes_back(blip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another part of the work may have taken the memory that it had before."""
+    held = Describers()
+    captioner = held.captioner(blip, CPU)
+
+    def full(device: torch.device) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(captioner.model, "to", full)
+    with pytest.raises(PoolError, match=r"generator\.captioner: the model in .* does not fit into memory"):
+        held.captioner(blip, CPU)
+
+
 def test_clients_share_captioner_and_encoder(blip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDKEEL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("fedkeel.generators.condition.free_memory", lambda: 1 << 40)

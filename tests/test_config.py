@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import tomllib
 from dataclasses import dataclass, fields
+from importlib.metadata import EntryPoint
 from itertools import permutations
+from typing import Literal
 
 import pytest
 import tiny
@@ -14,7 +18,7 @@ from fedkeel.algorithms.base import Algorithm
 from fedkeel.algorithms.fbl import FBL
 from fedkeel.algorithms.fedprox import FedProx
 from fedkeel.config import load, parse, read, with_method
-from fedkeel.errors import ConfigError, UnknownName
+from fedkeel.errors import ConfigError, UnknownName, UserError
 from fedkeel.generators.flow import Bundled
 from fedkeel.generators.gaussian import Gaussian
 from fedkeel.models.resnet import ResNet18
@@ -506,6 +510,26 @@ def test_build_names_what_is_missing():
         build(Thing, {"size": 1, "share": 2}, "thing")
 
 
+def test_a_choice_is_of_its_own_type():
+    """3.0 is no 3, and true no 1, though Python calls them equal."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Thing:
+        channels: Literal[1, 3] = option(1, "of a picture")
+
+    assert type(build(Thing, {"channels": 3}).channels) is int
+    for value in (3.0, True, "3"):
+        with pytest.raises(ConfigError, match=r"channels = .*: must be one of 1, 3"):
+            build(Thing, {"channels": value})
+
+
+@pytest.mark.parametrize("key", ["local.lr", "seed", "participation"])
+def test_numbers_beyond_any_range(key):
+    for sign in ("", "-"):
+        with pytest.raises(ConfigError, match=rf"{key} = {sign}10*: must be within ±1\.8e\+308"):
+            tiny.config(f"{key}={sign}{10**400}")
+
+
 def test_every_registered_option_has_words():
     """What `fedkeel show` prints; a field without documentation would be an option nobody can find."""
     for room in ("algorithms", "datasets", "partitions", "models", "generators"):
@@ -519,3 +543,43 @@ def test_every_registered_option_has_words():
 def test_nothing_to_balance_under_a_pooled_method():
     with pytest.raises(ConfigError, match="balance = 'centralized'"):
         tiny.config("algorithm.name=centralized", "balance.name=fbl")
+
+
+# what other packages register -----------------------------------------------------------------------------------------
+
+
+def test_a_package_that_cannot_be_loaded_is_named(room, tmp_path, monkeypatch):
+    """By every look-up, and what stands after it is not lost once it is mended."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    method = "from fedkeel.algorithms.base import Algorithm\nfrom fedkeel.registry import get, register\n"
+    method += "assert get('algorithms', 'fedavg')\n"  # a look-up within the look-up
+    (tmp_path / "sound.py").write_text(f"{method}@register('algorithms', 'sound')\nclass Sound(Algorithm): ...\n")
+    (tmp_path / "broken.py").write_text("import no_such_thing\n")
+    points = [EntryPoint(name, f"{name}:{name.title()}", "fedkeel.algorithms") for name in ("broken", "sound")]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    monkeypatch.setattr(registry, "_scanned", set())
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"entry point broken = 'broken:Broken' .*No module named 'no_such_thing'"):
+            registry.names(room)
+    (tmp_path / "broken.py").write_text("Broken = None\n")
+    importlib.invalidate_caches()
+    assert "sound" in registry.names(room)
+
+
+def test_a_name_is_of_one_class(room, tmp_path, monkeypatch):
+    """The same class again, of a module imported anew, replaces itself; one of another module does not."""
+
+    class Scaffold(Algorithm): ...
+
+    Scaffold.__qualname__ = "Scaffold"
+    bundled = registry.get(room, "scaffold")
+    said = r"algorithms: 'scaffold' is the name of two classes, fedkeel\.algorithms\.scaffold\.Scaffold and test_config"
+    with pytest.raises(UserError, match=said):
+        registry.register(room, "scaffold")(Scaffold)
+    assert registry.get(room, "scaffold") is bundled
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "again.py").write_text("class Mine: ...\n")
+    first = importlib.import_module("again").Mine
+    registry.register(room, "mine")(first)
+    second = importlib.reload(sys.modules["again"]).Mine
+    assert registry.register(room, "mine")(second) is not first and registry.get(room, "mine") is second

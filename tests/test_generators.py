@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fedkeel.data.fashion import Fashion
+from fedkeel.data.sources import ImageFolder
 from fedkeel.errors import ConfigError, DataError, PoolError
 from fedkeel.generators.base import Remembers, Source
 from fedkeel.generators.flow import CHUNK, Bundled, FlowConfig, FlowNet, amend, euler, save
@@ -319,6 +320,42 @@ def test_folder_refuses_or_resizes_other_sizes(pictures: Path) -> None:
     assert x.shape == (1, 3, 32, 32)
 
 
+def test_folder_has_the_pixels_of_the_data_room(tmp_path: Path) -> None:
+    """Of any mode and size: a real image is the same one as data and as a control. Fine stripes become grey."""
+    from PIL import Image
+
+    rng = torch.Generator().manual_seed(0)
+    colours = torch.randint(0, 256, (24, 24, 4), dtype=torch.uint8, generator=rng).numpy()
+    stripes = torch.tensor([255, 0]).to(torch.uint8).repeat(24, 12).numpy()
+    made = [Image.fromarray(colours), Image.fromarray(colours[..., :3]), Image.fromarray(stripes)]
+    made += [made[0].quantize(16), made[2].convert("LA"), made[2].convert("1")]
+    for split in ("train", "test"):
+        (tmp_path / split / "dress").mkdir(parents=True)
+        for at, each in enumerate(made):
+            each.save(tmp_path / split / "dress" / f"{at}.png")
+    for channels in (1, 3):
+        theirs = ImageFolder(dir=str(tmp_path), size=8, channels=channels).load()  # type: ignore[arg-type]
+        source = Folder(dir=str(tmp_path / "train"), resize=True).load(("dress",), theirs.shape, CPU)
+        assert torch.equal(source.generate([0] * len(made), list(range(len(made)))), theirs.train_x)
+    x = source.generate([0], [2]).int()
+    assert (x[..., 1:-1] - 127).abs().max() <= 30 and (x - 127).abs().max() <= 60
+
+
+def test_folder_refuses_more_than_eight_bits(tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "dress").mkdir()
+    Image.fromarray(torch.full((8, 8), 40_000).to(torch.uint16).numpy()).save(tmp_path / "dress" / "1.png")
+    with pytest.raises(DataError, match=r"class 'dress', image 1: more than 8 bits a channel \(mode I;16\)"):
+        Folder(dir=str(tmp_path)).load(("dress",), (1, 8, 8), CPU).generate([0], [0])
+
+
+def test_folder_fingerprint_follows_how_files_are_decoded(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = source_of("folder", pictures).fingerprint()
+    monkeypatch.setattr("fedkeel.generators.folder.DECODED", 1)
+    assert source_of("folder", pictures).fingerprint() != before
+
+
 def test_folder_reads_tables_of_the_hub(pictures: Path, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -353,10 +390,10 @@ def test_folder_reads_tables_of_the_hub(pictures: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("label", "image", "why"),
     [
-        (-1, b"x", "row 1: label -1, must be 0 to 1"),  # the hub's word for no label
-        (None, b"x", "row 1: label None"),
-        (2, b"x", "row 1: label 2"),
-        (1, None, "row 1: there is no picture"),
+        (-1, b"x", ", split train, row 1: label -1 is not in 0..1"),  # the hub's word for no label
+        (None, b"x", r"train-0\.parquet, row 1: the label is missing"),
+        (2, b"x", ", split train, row 1: label 2 is not in 0..1"),
+        (1, None, r"train-0\.parquet, row 1: there is no picture"),
     ],
 )
 def test_folder_names_the_row_that_lacks_something(
@@ -369,8 +406,26 @@ def test_folder_names_the_row_that_lacks_something(
     table = pa.table({"image": [{"bytes": each, "path": ""} for each in (b"x", image, b"x")], "label": [0, label, 1]})
     note = {"huggingface": json.dumps({"info": {"features": features}})}
     pq.write_table(table.replace_schema_metadata(note), tmp_path / "train-0.parquet")
-    with pytest.raises(DataError, match=rf"train-0\.parquet, {why}"):
+    with pytest.raises(DataError, match=why):
         Folder(dir=str(tmp_path)).load(("cat", "dog"), (1, 8, 8), CPU)
+
+
+def test_folder_takes_the_first_of_several_columns_of_classes(tmp_path: Path) -> None:
+    """As in CIFAR-100: fine classes, then coarse ones."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    picture(tmp_path / "1.png", torch.full((1, 8, 8), 7, dtype=torch.uint8))
+    kinds = {"fine": ["cat", "trout"], "coarse": ["fish", "pet"]}
+    features = {"image": {"_type": "Image"}} | {
+        name: {"names": names, "_type": "ClassLabel"} for name, names in kinds.items()
+    }
+    one = {"bytes": (tmp_path / "1.png").read_bytes(), "path": None}
+    table = pa.table({"image": [one, one], "fine": [0, 1], "coarse": [1, 0]})
+    note = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(table.replace_schema_metadata(note), tmp_path / "train.parquet")
+    x = Folder(dir=str(tmp_path)).load(("trout",), (1, 8, 8), CPU).generate([0], [0])
+    assert torch.equal(x, torch.full((1, 1, 8, 8), 7, dtype=torch.uint8))
 
 
 def test_folder_says_what_is_wrong_with_it(pictures: Path, tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def test_the_server_of_sites_knows_classes_and_shape_only():
     [
         ({"size": 8}, "classes"),
         ({"classes": ("a",), "size": 8}, "classes"),
+        ({"classes": ("a", "b", "a"), "size": 8}, "classes"),
         ({"classes": ("a", "b")}, "size"),
         ({"classes": ("a", "b"), "size": 8, "mean": (0.5,)}, "mean"),
     ],

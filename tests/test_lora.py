@@ -132,6 +132,22 @@ def test_scale_0_makes_the_untuned_images(
     assert torch.equal(base.generate(*ASKED), plain)  # the base is as it was
 
 
+def test_what_an_adapter_adds_by_hand(base: DiffusionSource) -> None:
+    """y = W x + scale * alpha / rank * B A x, here .5 * 6 / 2 = 1.5 times B A x."""
+    rng, unet = torch.Generator().manual_seed(0), base.pipe.unet
+    layer, name = next((each, name) for name, each in unet.named_modules() if name.endswith(".to_q"))
+    w = layer.weight.detach().clone()
+    a, b = torch.randn(2, w.shape[1], generator=rng), torch.randn(w.shape[0], 2, generator=rng)
+    x = torch.randn(5, w.shape[1], generator=rng)
+    assert layer.bias is None
+    with attached(unet, 2, 6.0, 0.5) as places, torch.no_grad():
+        places[f"lora {name}.lora_A.weight"].copy_(a)
+        places[f"lora {name}.lora_B.weight"].copy_(b)
+        y = unet.get_submodule(name)(x)
+    assert torch.allclose(y, x @ w.T + 1.5 * x @ a.T @ b.T, atol=1e-4)
+    assert not torch.allclose(y, x @ w.T + 0.5 * x @ a.T @ b.T, atol=1.0)
+
+
 def test_what_else_is_asked_for_changes_no_image(tuned: TunedSource) -> None:
     together = tuned.generate(*ASKED)
     for row, (label, index) in enumerate(zip(*ASKED, strict=True)):

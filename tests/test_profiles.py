@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,6 +130,16 @@ def test_clients_with_fewer_samples_than_classes_are_told_of(data: Dataset, two:
     fbl = ("algorithm.name=fbl", *common)
     assert not list(Job(tiny.config(*fbl, "algorithm.zero_policy=min_one", table=two), few).idle())
     assert not list(Job(tiny.config(*fbl, table=two), data).idle())
+
+
+def test_a_processor_that_cannot_say_whether_it_has_bfloat16(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch without oneDNN, as on macOS, has no such question: only those who asked for bfloat16 are told."""
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    assert not list(Job(tiny.config(), data).idle())
+    (said,) = Job(tiny.config("local.precision=bfloat16"), data).idle()
+    assert said.startswith("local.precision = 'bfloat16': this processor does not have it")
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True))
+    assert not list(Job(tiny.config("local.precision=bfloat16"), data).idle())
 
 
 def test_another_generator_than_at_the_start_is_said(data: Dataset, two: dict[str, object], tmp_path: Path) -> None:

@@ -370,6 +370,24 @@ def test_peak_sees_memory_that_is_gone_again() -> None:
     assert 100e6 < int(done.stdout) < 400e6
 
 
+def test_a_gpu_is_begun_before_its_peak_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a fresh process there is nothing of it to forget yet, and PyTorch refuses."""
+    calls: list[object] = []
+    monkeypatch.setattr(torch.cuda, "init", lambda: calls.append("init"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", calls.append)
+    assert cost._forget_peak(torch.device("cuda:0")) == 0
+    assert calls == ["init", torch.device("cuda:0")]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_peak_of_a_gpu_in_a_fresh_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK.replace('"cpu"', '"cuda:0"').replace(".sum()", ".to('cuda:0').sum()")],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert 100e6 < int(done.stdout) < 400e6
+
+
 def test_precisions_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "name_of", lambda room, thing: "precise")
     assert [each.precision for each in variants(Precise(), ["bf16", "fp32", "bf16"]).values()] == ["bf16", "fp32"]  # type: ignore[attr-defined]

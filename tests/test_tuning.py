@@ -291,6 +291,8 @@ def test_gaussian_tuned(tmp_path: Path) -> None:
     assert seen == [(1, 2), (2, 2)]
     assert torch.equal(made(tuned, 2), made(source, 2)) and not torch.equal(made(tuned, 0), made(source, 0))
     assert tuned.fingerprint() != source.fingerprint()
+    half = load(tune_prior=9, tune_scale=0.5).tune(samples, 0)  # a quarter of the way, and a twentieth
+    assert [half.mean[label].float().mean().item() for label in range(3)] == pytest.approx([125, 105, 100], abs=0.1)
     still = load(tune_scale=0.0)
     assert torch.equal(made(still.tune(samples, 0)), made(still))
 

@@ -265,15 +265,14 @@ def partition(
     _quiet()
     from fedkeel.config import read
     from fedkeel.job import Job
-    from fedkeel.report.plots import bubbles
+    from fedkeel.report.plots import bubbles, save
 
     chosen = read(config, keys or ())
     folder = out or chosen.folder
     # the manifest of a run that has begun is not made anew, but must fit
     job = Job(chosen, folder=folder if (folder / "config.toml").is_file() else None)
     job.partition.save(folder / "partition.json")
-    picture = bubbles(job.counts.numpy(), job.data.classes, title="As partitioned")
-    picture.savefig(folder / "partition.png", dpi=150)
+    save(bubbles(job.counts.numpy(), job.data.classes, title="As partitioned"), folder / "partition.png")
     if as_json:
         _json(
             {

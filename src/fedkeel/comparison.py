@@ -16,11 +16,12 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from fedkeel.algorithms.base import Algorithm
 from fedkeel.config import NO_NUMBERS, Config, Table, check_algorithm, override, parse, read, spec_parts, with_method
 from fedkeel.data.dataset import Dataset
-from fedkeel.errors import CheckpointError, ConfigError, RunError, UserError
+from fedkeel.errors import CheckpointError, ConfigError, FedkeelError, RunError, UserError
 from fedkeel.files import write_json
-from fedkeel.job import validating
+from fedkeel.job import Job, validating
 from fedkeel.loop import Result, run
 from fedkeel.options import flat
 from fedkeel.record import Listener, Record, Silent
@@ -68,8 +69,8 @@ def compare(
 
     specs: methods as `with_method` reads them, such as "fedprox", "fbl:M3" or "fbl(25%)". data: stands in for [data].
     again: starts afresh, where only runs that began so are removed from `folder` (the demo's; never a user's).
-    A run that fails does not keep the others from running. Raises UserError before anything runs; RunError at the end,
-    naming the runs that failed.
+    Raises UserError before anything runs. From then on a run that fails, for whatever reason, does not keep the others
+    from running: RunError at the end names those that failed.
     """
     folder, listener = Path(folder), _Held(listener or Silent())
     planned = cells(table, specs, seeds, folder, overrides)
@@ -83,6 +84,7 @@ def compare(
         data = planned[0].config.data.load()  # the same for all cells, loaded once
     if len(fresh) < len(planned):
         _check_data([cell.folder for cell in planned if cell.folder not in fresh], planned[0].config, data)
+    _check_generators([cell.config for cell in planned if cell.folder in fresh], data)
     if again:
         for place in fresh:
             place.mkdir(parents=True, exist_ok=True)
@@ -98,7 +100,7 @@ def compare(
                 results[cell.spec, cell.seed] = run(
                     cell.config, data=data, folder=cell.folder, listener=listener, resume=True, label=cell.spec
                 )
-            except RunError as error:
+            except FedkeelError as error:  # a user's mistake too, that only this run could find
                 failed.append(f"{cell.folder.name}: {error}")
                 listener.warned(failed[-1])
     finally:
@@ -186,6 +188,15 @@ def _check_data(folders: Sequence[Path], config: Config, data: Dataset) -> None:
         if then != now:
             fingerprints = f"data fingerprint {then[:12]} there, {now[:12]} here"
             raise CheckpointError(f"{folder} holds a run on other data: {fingerprints}; remove it or choose --dir")
+
+
+def _check_generators(configs: Sequence[Config], data: Dataset) -> None:
+    """Raises ConfigError when a run needs synthetic images and names no generator. Where a method may need some, who
+    holds what decides: a client that is balanced by itself needs none."""
+    for config in configs:
+        fills = type(config.method).plan is not Algorithm.plan
+        if config.generator is None and (fills or config.algorithm.generates):
+            Job(config, data).check_generators()
 
 
 def _read(folder: Path) -> Result:

@@ -61,7 +61,7 @@ def _core() -> Check:
     missing = [name for name in CORE if find_spec(name) is None]
     if missing:
         return Check("python", "broken", f"missing: {', '.join(missing)}", "pip install fedkeel")
-    return Check("python", "ok", f"{platform.python_version()}, fedkeel {version('fedkeel')}")
+    return Check("python", "ok", f"{platform.python_version()}, fedkeel {_version('fedkeel')}")
 
 
 def _guarded(name: str, check: Callable[[], Check]) -> Check:
@@ -140,11 +140,15 @@ def _pools() -> Check:
 
 
 def _cifar10() -> Check:
+    from fedkeel.data.cifar10 import complete, vacant
     from fedkeel.files import cache
 
     place = cache() / "cifar10"
-    if place.is_dir():
+    if complete(place):
         return Check("cifar10", "ok", str(place))
+    if not vacant(place):
+        mend = f"rm -r {place}; fedkeel data get cifar10"
+        return Check("cifar10", "absent", f"{place} is there, without all of its files", mend)
     return Check("cifar10", "absent", "not fetched", "fedkeel data get cifar10")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import types
 import typing
 from collections.abc import Container, Mapping
@@ -177,10 +178,11 @@ def convert(kind: object, value: object, where: str, meaning: Meaning | None = N
             raise last
         raise ConfigError(where, value, f"must be {_kind(kind)}")
     if origin is Literal:
-        if value not in args or isinstance(value, bool) != any(isinstance(arg, bool) for arg in args if arg == value):
-            words = ", ".join(repr(arg) for arg in args)
-            raise ConfigError(where, value, f"must be one of {words}", nearest(str(value), [str(arg) for arg in args]))
-        return value
+        for arg in args:
+            if type(value) is type(arg) and value == arg:  # neither true nor 1.0 is 1
+                return arg
+        words = ", ".join(repr(arg) for arg in args)
+        raise ConfigError(where, value, f"must be one of {words}", nearest(str(value), [str(arg) for arg in args]))
     if kind is Any or getattr(kind, "_is_protocol", False):
         return value
     if origin is tuple:
@@ -197,6 +199,8 @@ def convert(kind: object, value: object, where: str, meaning: Meaning | None = N
 
 
 def _number_or_word(kind: object, value: object, where: str, meaning: Meaning | None) -> object:
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ConfigError(where, value, f"must be within ±{sys.float_info.max:.1e}")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     right = isinstance(value, cast(type, kind)) and (kind is bool or not isinstance(value, bool))

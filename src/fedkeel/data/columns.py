@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedkeel.data.pictures import Rows, Split
+from fedkeel.data.pictures import Rows, Split, twice
 from fedkeel.errors import DataError
 
 if TYPE_CHECKING:
@@ -110,8 +110,13 @@ def find_label(table: Table, given: str | None) -> str:
 
 
 def class_names(table: Table, label: str, labels: Rows) -> tuple[str, ...]:
-    """The names of the classes; "0", "1", ... up to the largest label when the table has none."""
+    """The names of the classes; "0", "1", ... up to the largest label when the table has none.
+
+    Raises DataError for a name that two classes have.
+    """
     names = table.features.get(label, {}).get("names")
+    if names and (doubled := twice(names)) is not None:
+        raise DataError(f"{table.where}: column {label!r} names the class {doubled!r} twice")
     return tuple(names) if names else tuple(str(i) for i in range(int(labels.max(initial=0)) + 1))
 
 
@@ -124,10 +129,28 @@ def check_numbers(table: Table, label: str, labels: Rows) -> None:
         raise DataError(f"{table.where}: {problem}; set data.label to the column of the labels")
 
 
-def embedded_features(schema: pa.Schema) -> Features:
-    """The features that `datasets` writes into the metadata of a parquet file; {} without any."""
+def labelled(table: Table, image: str, label: str) -> tuple[Split, tuple[str, ...]]:
+    """A split with its pictures and labels from these columns, and the names of the classes.
+
+    Raises DataError when no row has a label, and for labels that are numbers of something else.
+    """
+    labels = table.labels(label)
+    if labels is None:
+        raise DataError(f"{table.where}: no row has a label")
+    check_numbers(table, label, labels)
+    return table.split(labels, image), class_names(table, label, labels)
+
+
+def embedded_features(schema: pa.Schema, where: str | Path) -> Features:
+    """The features that `datasets` writes into the metadata of a parquet file; {} without any.
+
+    where: the file, for messages. Raises DataError when they are damaged.
+    """
     text = (schema.metadata or {}).get(b"huggingface")
-    found = json.loads(text) if text else {}
+    try:
+        found = json.loads(text) if text else {}
+    except ValueError as error:
+        raise DataError(f"{where}: the names of its classes (metadata 'huggingface') are no JSON ({error})") from error
     for key in ("info", "features"):
         found = found.get(key) if isinstance(found, Mapping) else None
     return described(found)

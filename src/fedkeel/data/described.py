@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from fedkeel.data.dataset import Dataset
+from fedkeel.data.pictures import twice
 from fedkeel.errors import ConfigError
 from fedkeel.options import option
 from fedkeel.registry import register
@@ -27,6 +28,8 @@ class Described:
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
             raise ConfigError("classes", list(self.classes), "name two classes at least")
+        if (doubled := twice(self.classes)) is not None:
+            raise ConfigError("classes", list(self.classes), f"{doubled!r} is named twice")
         if self.size is None:
             raise ConfigError("size", None, "this key is required")
         for key in ("mean", "std"):

@@ -142,6 +142,11 @@ def only(raw: Raw, names: Sequence[str]) -> Raw:
     return Raw(raw.name, tuple(names), part(raw.train), part(raw.test))
 
 
+def twice(names: Sequence[str]) -> str | None:
+    """The first class that is named again; None where each is named once."""
+    return next((name for at, name in enumerate(names) if name in names[:at]), None)
+
+
 def set_aside(labels: Rows, limit: int) -> tuple[Rows, Rows]:
     """Ascending rows of the private and of the public part: `limit` in the class proportions, the last of each class.
 
@@ -192,8 +197,8 @@ def decode(
     """
     out: np.ndarray | None = None
     for i, (where, blob) in enumerate(pictures):
-        pixels = _pixels(where, blob, size, channels).transpose(2, 0, 1)
-        depth, height, width = pixels.shape
+        found = pixels(where, blob, None if size is None else (size, size), channels).transpose(2, 0, 1)
+        depth, height, width = found.shape
         if shape is None:
             shape = (depth, height, width)
         if depth != shape[0]:
@@ -208,18 +213,17 @@ def decode(
             )
         if out is None:
             out = np.empty((count, *shape), dtype=np.uint8)
-        out[i] = pixels
+        out[i] = found
     assert out is not None, "an empty split was let through"
     return torch.from_numpy(out)
 
 
-def reason(error: Exception) -> str:
-    """What Pillow says, without the address in memory by which it calls bytes that came from no file."""
-    return re.sub(r" <_io\.BytesIO object at \w+>", "", str(error))
+def pixels(where: str, blob: bytes, size: tuple[int, int] | None, channels: Literal[1, 3] | None) -> np.ndarray:
+    """[H, W, 1 or 3] uint8. size: height and width to resize to. channels: None = those of the picture.
 
-
-def _pixels(where: str, blob: bytes, size: int | None, channels: Literal[1, 3] | None) -> np.ndarray:
-    """[H, W, 1 or 3] uint8. channels: None = those of the picture."""
+    Raises DataError for a picture that cannot be decoded or has more than 8 bits a channel; and where `channels` is
+    None for one with an alpha channel.
+    """
     from PIL import Image
 
     try:
@@ -230,14 +234,19 @@ def _pixels(where: str, blob: bytes, size: int | None, channels: Literal[1, 3] |
             raise DataError(f"{where}: a picture with an alpha channel; set data.channels = 3 to convert all to RGB")
         grey = channels == 1 if channels is not None else image.mode in ("L", "1")
         image = _plain(image, "L" if grey else "RGB")
-        if size is not None and image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BICUBIC)
-        pixels = np.asarray(image)
+        if size is not None and image.size != size[::-1]:
+            image = image.resize(size[::-1], Image.Resampling.BICUBIC)
+        out = np.asarray(image)
     except DataError:
         raise
     except Exception as error:  # decoders raise almost anything on damaged bytes
-        raise DataError(f"{where}: not a readable picture ({reason(error)})") from error
-    return pixels.reshape(*pixels.shape[:2], -1)
+        raise DataError(f"{where}: not a readable picture ({_reason(error)})") from error
+    return out.reshape(*out.shape[:2], -1)
+
+
+def _reason(error: Exception) -> str:
+    """What Pillow says, without the address in memory by which it calls bytes that came from no file."""
+    return re.sub(r" <_io\.BytesIO object at \w+>", "", str(error))
 
 
 def _formats(blob: bytes) -> list[str] | None:

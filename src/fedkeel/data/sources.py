@@ -22,15 +22,14 @@ from fedkeel import registry
 from fedkeel.data.columns import (
     Block,
     Table,
-    check_numbers,
-    class_names,
     described,
     embedded_features,
     find_image,
     find_label,
+    labelled,
 )
 from fedkeel.data.dataset import Dataset
-from fedkeel.data.pictures import Raw, Rows, Source, Split, assembled, checked
+from fedkeel.data.pictures import Raw, Rows, Source, Split, assembled, checked, twice
 from fedkeel.errors import ConfigError, DataError
 from fedkeel.options import build, convert, option
 from fedkeel.registry import register
@@ -68,12 +67,8 @@ class Tabular(Source):
         if table is None:
             raise DataError(f"{self.title()}: there is no split {self.train!r}")
         image, label = find_image(table, self.image), find_label(table, self.label)
-        labels = table.labels(label)
-        if labels is None:
-            raise DataError(f"{table.where}: no row has a label")
-        check_numbers(table, label, labels)
-        classes = class_names(table, label, labels)
-        return Raw(self.title(), classes, table.split(labels, image), self._test(image, label, classes))
+        train, classes = labelled(table, image, label)
+        return Raw(self.title(), classes, train, self._test(image, label, classes))
 
     def _test(self, image: str, label: str, classes: tuple[str, ...]) -> Split:
         tried = (self.test, *(STAND_INS if self.test == "test" else ()))
@@ -231,8 +226,9 @@ def arrays(
     train_x, train_y = _images(train[0], "train"), _labels(train[1], "train")
     test_x, test_y = _images(test[0], "test"), _labels(test[1], "test")
     names = tuple(classes) if classes is not None else tuple(str(i) for i in range(int(train_y.max(initial=0)) + 1))
-    doubled = next((word for at, word in enumerate(names) if word in names[:at]), None)
-    if doubled is not None:
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise DataError(f"classes: {wrong[0]!r} is no word; names are wanted, such as {str(wrong[0])!r}")
+    if (doubled := twice(names)) is not None:
         raise DataError(f"classes: {doubled!r} is named twice")
     for split, x, y in (("train", train_x, train_y), ("test", test_x, test_y)):
         if len(x) != len(y):
@@ -334,7 +330,8 @@ def _parquet_table(split: str, files: list[Path]) -> Table:
             blocks.append(Block(str(file), first, rows, _group_of(file, reader, group)))
             first += rows
     assert schema is not None
-    return Table(f"{files[0].parent}, split {split}", schema, embedded_features(schema), tuple(blocks), files[0].parent)
+    features = embedded_features(schema, files[0])
+    return Table(f"{files[0].parent}, split {split}", schema, features, tuple(blocks), files[0].parent)
 
 
 def _group_of(file: Path, reader: Any, group: int) -> Any:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -112,13 +113,23 @@ class Describer:
     def __init__(self, kind: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         """Raises DataError when the weights do not fit their configuration, PoolError when they do not into memory."""
         self.folder, self.device, self.at_once = folder, device, BATCH
-        try:
+        with self._fitting():
             self.model: Any = loaded(kind, folder, dtype).to(device)
+
+    def back(self) -> None:
+        """To its device, from where it waited. Raises PoolError when it does not fit into memory."""
+        with self._fitting():
+            self.model.to(self.device)
+
+    @contextmanager
+    def _fitting(self) -> Iterator[None]:
+        try:
+            yield
         except (RuntimeError, MemoryError) as error:
             if not is_memory(error):
                 raise
             raise PoolError(
-                f"{self.key}: the model in {folder} does not fit into memory; name a smaller one, or none"
+                f"{self.key}: the model in {self.folder} does not fit into memory; name a smaller one, or none"
             ) from error
 
     def by_parts(self, x: Tensor, look: Callable[[Tensor], Part]) -> list[Part]:
@@ -256,7 +267,7 @@ class Describers:
         if not isinstance(held, kind) or (held.folder, held.device) != (folder, device):
             self._held.pop(kind, None)
             held = self._held[kind] = kind(folder, device)
-        held.model.to(device)
+        held.back()
         return held
 
 

@@ -244,6 +244,7 @@ def _forget_peak(device: torch.device) -> int:
     """Starts a new measure of the peak; returns what is held now."""
     gc.collect()  # garbage that is freed during the measure would hide as much of its peak
     if device.type == "cuda":
+        torch.cuda.init()  # type: ignore[no-untyped-call] # a fresh process has no statistics yet, and asks in vain
         torch.cuda.reset_peak_memory_stats(device)
         return 0
     with suppress(OSError):  # Linux only; elsewhere the peak so far is the start, as nothing large was held yet

@@ -1,30 +1,35 @@
 """Images that are already there: real public ones as the honest control, or the output of any other program.
 
 Two layouts: `<dir>/<class name>/` with pictures, or `train-*.parquet` or `train.parquet` as on the Hugging Face hub, in
-`<dir>` or its folder `data`. Image number i of a class is its i-th file in the order of names, or its i-th row.
+`<dir>` or its folder `data`. Image number i of a class is its i-th file in the order of names, or its i-th row. Files
+are decoded, converted and resized as those of a data set with data.channels and data.size are: one file has the same
+pixels here and there.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedkeel.data.pictures import reason
-from fedkeel.data.sources import pictures_in, split_files
+from fedkeel.data.columns import find_image, find_label, labelled
+from fedkeel.data.pictures import checked, pixels
+from fedkeel.data.sources import Parquet, pictures_in, split_files
 from fedkeel.errors import ConfigError, DataError, PoolError
 from fedkeel.generators.names import digest, knows, match, plain_name
 from fedkeel.options import option
 from fedkeel.records import Samples
 from fedkeel.registry import register
+
+DECODED = 2
+"""How files become pixels: 2 is the data room's way. Pools of another way are made anew."""
 
 
 class FolderSource:
@@ -54,21 +59,18 @@ class FolderSource:
         return out
 
     def _decode(self, image: bytes | Path, which: str) -> Tensor:
-        from PIL import Image  # slow to import
-
         channels, height, width = self.shape
-        try:
-            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-                picture = opened.convert("L" if channels == 1 else "RGB")
-        except OSError as error:
-            raise DataError(f"{which}: cannot be read: {reason(error)}") from error
-        if picture.size != (width, height):
-            if not self.resize:
-                raise PoolError(
-                    f"{which}: {picture.height}x{picture.width}, wanted {height}x{width}; set generator.resize = true"
-                )
-            picture = picture.resize((width, height), Image.Resampling.LANCZOS)  # Pillow always filters when shrinking
-        return torch.from_numpy(np.array(picture)).reshape(height, width, channels).permute(2, 0, 1)
+        if isinstance(image, Path):
+            try:
+                image = image.read_bytes()
+            except OSError as error:
+                raise DataError(f"{which}: cannot be read: {error}") from error
+        size = (height, width) if self.resize else None
+        found = pixels(which, image, size, cast(Literal[1, 3], channels)).transpose(2, 0, 1)
+        if found.shape[1:] != (height, width):
+            here = "x".join(map(str, found.shape[1:]))
+            raise PoolError(f"{which}: {here}, wanted {height}x{width}; set generator.resize = true")
+        return torch.from_numpy(np.array(found))
 
     def available(self, label: int) -> int:
         """How many images of a class there are."""
@@ -83,8 +85,8 @@ class FolderSource:
         return {"images": sum(len(image) for each in self.images for image in each if isinstance(image, bytes))}
 
     def fingerprint(self) -> str:
-        """Over the content of every image, the classes in their order, size and option."""
-        return digest("folder", self._content, *self.shape, *self.classes, str(self.resize), str(self.repeat))
+        """Over the content of every image, the classes in their order, size and options, and how they are decoded."""
+        return digest("folder", DECODED, self._content, *self.shape, *self.classes, str(self.resize), str(self.repeat))
 
     @cached_property
     def _content(self) -> str:
@@ -101,9 +103,13 @@ class FolderSource:
 class Folder:
     """Images from your disk instead of a model: real public ones (the honest control), or another program's output."""
 
-    dir: str = option("", "a folder with one folder of images per class, or with train-*.parquet from the hub")
+    dir: str = option(
+        "",
+        "a folder with one folder of images per class, or with train-*.parquet from the hub; pictures are converted to "
+        "what the data are, grey or RGB, without alpha, as data.channels does",
+    )
     resize: bool = option(
-        False, "bring images of other sizes to the size of the data (antialiased) instead of refusing"
+        False, "bring images of other sizes to the size of the data (bicubic, as by data.size) instead of refusing"
     )
 
     repeat: bool = option(False, "begin again when all images of a class are used, instead of an error")
@@ -122,8 +128,7 @@ class Folder:
         if not self.dir:
             raise ConfigError("generator.dir", self.dir, "must name a folder with images")
         root = Path(self.dir).expanduser()
-        tables = split_files(root, "train")
-        found = from_tables(tables) if tables else from_folders(root)
+        found = from_tables(root) if split_files(root, "train") else from_folders(root)
         if not found:
             raise DataError(f"{root} has neither train-*.parquet nor a folder per class")
         names = list(found)
@@ -143,31 +148,22 @@ def from_folders(root: Path) -> dict[str, list[bytes | Path]]:
     return {each.name: list(pictures_in(each)) for each in folders}
 
 
-def from_tables(paths: Sequence[Path]) -> dict[str, list[bytes | Path]]:
-    """Encoded images by class, in the order of the rows.
+def from_tables(root: Path) -> dict[str, list[bytes | Path]]:
+    """Encoded images by class, in the order of the rows of train-*.parquet.
 
-    Raises DataError when there is no image or class column, or a row has no image or no class.
+    Raises DataError as the data room does: for damaged files, and for a row without image or class.
     """
-    from pyarrow import ArrowException, parquet  # slow to import
+    table = Parquet(dir=str(root)).table("train")
+    assert table is not None, "there are no files"
 
-    found: dict[str, list[bytes | Path]] = {}
-    for path in paths:
-        try:
-            table = parquet.read_table(path)
-            features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
-            image = next(name for name, kind in features.items() if kind["_type"] == "Image")
-            label = next(name for name, kind in features.items() if kind["_type"] == "ClassLabel")
-        except (OSError, ArrowException, KeyError, TypeError, ValueError, StopIteration) as error:
-            raise DataError(f"{path}: not a table of images with class names, as on the hub: {error}") from error
-        names = features[label]["names"]
-        for name in names:
-            found.setdefault(name, [])
-        # the column of bytes without building a dictionary per row
-        data = table[image].combine_chunks().field("bytes")
-        for row, (number, encoded) in enumerate(zip(table[label].to_pylist(), data.to_pylist(), strict=True)):
-            if number is None or not 0 <= number < len(names):  # -1 is the hub's word for a row without a label
-                raise DataError(f"{path}, row {row}: label {number}, must be 0 to {len(names) - 1}")
-            if encoded is None:
-                raise DataError(f"{path}, row {row}: there is no picture")
-            found[names[number]].append(encoded)
+    def first(kind: str) -> str | None:  # of several (coarse and fine classes); there is no option that names it
+        return next((name for name in table.schema.names if table.features.get(name, {}).get("_type") == kind), None)
+
+    image, label = find_image(table, first("Image")), find_label(table, first("ClassLabel"))
+    split, names = labelled(table, image, label)
+    checked(split.labels, len(names), split.where)
+    found: dict[str, list[bytes | Path]] = {name: [] for name in names}
+    rows = np.arange(len(split.labels), dtype=np.int64)
+    for number, (_, encoded) in zip(split.labels.tolist(), split.pictures(rows), strict=True):
+        found[names[number]].append(encoded)
     return found

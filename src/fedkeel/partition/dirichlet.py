@@ -26,7 +26,9 @@ class Dirichlet:
     alpha: float = option(0.5, "concentration; 0.1 is strong skew, 100 hardly any", gt=0, grid=(0.01, 0.1, 0.3, 0.5))
     min_size: int = option(10, "draw again until every client has this many samples", ge=0)
     balance_cap: bool = option(
-        False, "a client that has n/N samples already gets none of the next class (as NIID-Bench and MOON do)"
+        False,
+        "a client that has n/N samples already gets none of the next class (as NIID-Bench and MOON do); the last one "
+        "may still get what is left by rounding",
     )
     tries: int = option(1000, "draws before giving up", ge=1)
     top_up: bool = option(
