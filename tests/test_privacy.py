@@ -197,9 +197,10 @@ def test_one_draw_moves_the_average_by_its_share(data: Dataset, method: str, mon
     noise = (seen[1] - seen[0]).sum(0)
     assert float(noise.std()) == pytest.approx(0.1, rel=0.1)
     assert torch.equal(seen[1][1:], seen[0][1:])
-    if method == "fedavg":
-        assert torch.allclose(loud.params - quiet.params, noise / 4, atol=1e-6)
-    assert not torch.equal(loud.params, quiet.params)
+    if method == "fedadam":  # its step is no average
+        assert not torch.equal(loud.params, quiet.params)
+    else:
+        assert torch.allclose(loud.params - quiet.params, noise[: len(quiet.params)] / 4, atol=1e-6)
 
 
 def test_nothing_that_clients_measured_is_in_the_record(data: Dataset) -> None:
