@@ -109,7 +109,7 @@ CLAIMS = (
         "FBL is best where clients hold few classes each (shards)",
         "Shards(4): 80.74, best baseline 78.98 (MOON); Shards(8): 82.62, 80.42 (MOON)",
         [best_of("fbl-t2a", "fbl", SIX, column) for column in ("c10-shards4", "c10-shards8")],
-        note="It is second, three to five points above FedAvg; SCAFFOLD, whose uniform weights fit clients of one "
+        note="It is second, three to four points above FedAvg; SCAFFOLD, whose uniform weights fit clients of one "
         "size, is one to two points above it.",
     ),
     Claim(
