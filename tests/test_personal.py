@@ -232,16 +232,6 @@ def test_tuning_begins_without_the_momentum_of_training(data):
     assert not torch.equal(tuned[0], server.params)
 
 
-class Warned(Silent):
-    """Keeps what the run warns of."""
-
-    def __init__(self):
-        self.texts: list[str] = []
-
-    def warned(self, text):
-        self.texts.append(text)
-
-
 @pytest.mark.parametrize("runtime", ["inprocess", "pool"])
 def test_a_client_whose_model_cannot_be_measured(data, runtime, monkeypatch, tmp_path):
     """Is left out with a warning, and the run ends; the others are as without it."""
@@ -253,12 +243,12 @@ def test_a_client_whose_model_cannot_be_measured(data, runtime, monkeypatch, tmp
             raise ValueError("one value per channel")
 
     monkeypatch.setattr(Algorithm, "personalise", fails)
-    said = Warned()
-    result = run(tiny.config(*options), data=data, folder=tmp_path / "run", listener=said)
+    told = tiny.Told()
+    result = run(tiny.config(*options), data=data, folder=tmp_path / "run", listener=told)
     found, before = (each.rounds[-1]["personal/clients"] for each in (result, whole))
     assert found == [before[0], None, *before[2:]]
     assert (tmp_path / "run/model.safetensors").is_file()
-    assert [text for text in said.texts if "own model" in text] == [
+    assert [text for text in told.said if "own model" in text] == [
         "client 1: its own model could not be measured: ValueError: one value per channel"
     ]
 

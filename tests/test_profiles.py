@@ -51,16 +51,6 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     }
 
 
-class Told(Silent):
-    """Keeps what it is warned of."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def warned(self, text: str) -> None:
-        self.said.append(text)
-
-
 # clients that differ --------------------------------------------------------------------------------------------------
 
 
@@ -109,7 +99,7 @@ def test_a_run_of_mixed_clients_is_resumed(data: Dataset, two: dict[str, object]
 
     with pytest.raises(KeyboardInterrupt):
         run(config, data=data, folder=tmp_path / "run", listener=Stop())
-    told = Told()
+    told = tiny.Told()
     again = resume(tmp_path / "run", data=data, listener=told)
     assert [numbers(record) for record in again.rounds] == [numbers(record) for record in whole.rounds]
     assert told.said == []
@@ -148,7 +138,7 @@ def test_another_generator_than_at_the_start_is_said(data: Dataset, two: dict[st
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     manifest["generator"]["fingerprint"] = "0" * 64
     (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
-    told = Told()
+    told = tiny.Told()
     resume(tmp_path / "run", data=data, listener=told)
     assert told.said == [
         "generator is not the one this run began with: its images are made anew, and numbers will differ"
@@ -309,7 +299,7 @@ def test_many_clients_that_tune_do_not_hold_many_networks(
 def test_warnings_and_the_origin_of_prompts_reach_the_run(data: Dataset, wrong: None, tmp_path: Path) -> None:
     """Through its listener, each once, and its manifest."""
     regl = ("algorithm.name=regl", "algorithm.volume=3", "generator.name=wrong", "generator.how=warns", "rounds=1")
-    told = Told()
+    told = tiny.Told()
     run(tiny.config(*regl, f"pool.dir={tmp_path}"), data=data, folder=tmp_path / "run", listener=told)
     assert told.said == ["a word is unknown", "memory is short"]
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
@@ -415,14 +405,14 @@ def test_clients_that_hold_what_the_generator_was_trained_on(
 ) -> None:
     """Seven images of tiny.data(seed=1); one of them is given to a client here."""
     table = {"generator": two["generators"]["unconstrained"], "pool": {"dir": str(tmp_path)}}  # type: ignore[index]
-    config, told = tiny.config("algorithm.name=regl", "algorithm.volume=1", "rounds=1", table=table), Told()
+    config, told = tiny.config("algorithm.name=regl", "algorithm.volume=1", "rounds=1", table=table), tiny.Told()
     run(config, data=data, listener=told)
     assert told.said == []
     x = data.train_x.clone()
     x[5] = tiny.data(seed=1).train_x[3]
     leaking = replace(data, train_x=x)
     for noisy in ((), ("noise.std=0.1",)):
-        told = Told()
+        told = tiny.Told()
         run(
             tiny.config("algorithm.name=regl", "algorithm.volume=1", "rounds=1", *noisy, table=table),
             data=leaking,

@@ -17,7 +17,7 @@ from fedkeel.data.sources import arrays
 from fedkeel.local import Training, Worker
 from fedkeel.loop import run
 from fedkeel.models.split import Split
-from fedkeel.record import Listener
+from fedkeel.record import Listener, Silent
 from fedkeel.records import Samples, Server
 from fedkeel.rng import Streams
 
@@ -99,6 +99,16 @@ def samples(n: int, *, seed: int = 0, classes: int = CLASSES, shape: tuple[int, 
     rng = np.random.default_rng(seed)
     x = torch.from_numpy(rng.integers(0, 256, (n, *shape), dtype=np.uint8))
     return Samples.real_ones(x, torch.arange(n) % classes)
+
+
+class Told(Silent):
+    """Keeps what a run warns of."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def warned(self, text: str) -> None:
+        self.said.append(text)
 
 
 def go(folder: str, *overrides: str, listener: Listener | None = None) -> None:

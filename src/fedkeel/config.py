@@ -379,7 +379,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(name, str) or not isinstance(methods, Mapping) or name not in methods:
         return parse(table)
     table["algorithm"] = _of_method(table, name)
-    return parse(table, [text for text in overrides if text.partition("=")[0].strip().split(".")[0] == "algorithm"])
+    return parse(table, [text for text in overrides if _path(text)[0] == "algorithm"])
 
 
 def load(path: Path | str) -> dict[str, object]:
@@ -459,7 +459,7 @@ def check_algorithm(table: Table, methods: Collection[str], overrides: Sequence[
     name = section.get("name", "fedavg") if isinstance(section, Mapping) else None
     for text in overrides:
         key, _, value = text.partition("=")
-        if key.strip().split(".")[0] == "algorithm" and name not in methods:
+        if _path(text)[0] == "algorithm" and name not in methods:
             allowed = f"[algorithm] is {name}, which is not compared; options of a method are set as methods.NAME.KEY"
             raise ConfigError(key.strip(), value, allowed)
 
@@ -510,9 +510,14 @@ def _named(key: str, room: str, section: object) -> object:
     return build(cls, options, key)
 
 
+def _path(text: str) -> list[str]:
+    """Section and key of an override: ["local", "lr"] of "local.lr=0.1"."""
+    return text.partition("=")[0].strip().split(".")
+
+
 def _turn(text: str) -> tuple[int, bool]:
     """Whole sections go before their keys, and names before other keys."""
-    path = text.partition("=")[0].strip().split(".")
+    path = _path(text)
     return len(path), path[-1] != "name"
 
 

@@ -327,9 +327,8 @@ class Worker:
     def _apart(self, update: Update) -> Update:
         """The update, sharing no memory with the network: a method may return `local.params`, and the network is the
         next client's before the server has looked."""
-        extra = {name: self.weights.apart(tensor) for name, tensor in update.extra.items()}
-        keep = {name: self.weights.apart(tensor) for name, tensor in update.keep.items()}
-        return replace(update, delta=self.weights.apart(update.delta), extra=extra, keep=keep)
+        each = self.weights.all_apart
+        return replace(update, delta=self.weights.apart(update.delta), extra=each(update.extra), keep=each(update.keep))
 
     def _check(self, update: Update, local: Local) -> None:
         undeclared = sorted(set(update.extra) - set(self.algorithm.sends()))

@@ -241,17 +241,13 @@ def one_round(job: Job, runtime: Runtime, server: Server, accepted: dict[int, in
 
 def _apart(server: Server, weights: Weights) -> Server:
     """The same, sharing no memory with the network that the server lent to `aggregate` and clients train."""
-
-    def each(table: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: weights.apart(tensor) for name, tensor in table.items()}
-
     return replace(
         server,
         params=weights.apart(server.params),
         buffers=weights.apart(server.buffers),
-        shared=each(server.shared),
-        private=each(server.private),
-        beside=each(server.beside),
+        shared=weights.all_apart(server.shared),
+        private=weights.all_apart(server.private),
+        beside=weights.all_apart(server.beside),
     )
 
 

@@ -114,11 +114,11 @@ def curves(job: Job, server: Server, accepted: Mapping[int, int]) -> list[Curve]
         state = job.store.open(client, accepted.get(client))
         return curve_of(job, server, client, state, job.mail(server, client))
 
-    curves: list[Curve] = []
+    out: list[Curve] = []
     for client in range(job.clients):
         found = tried(client, partial(one, client))
-        curves.append(unmeasured(job, f"client {client}", found.failure) if isinstance(found, Reply) else found)
-    return curves
+        out.append(unmeasured(job, f"client {client}", found.failure) if isinstance(found, Reply) else found)
+    return out
 
 
 def unmeasured(job: Job, who: str, why: str) -> Curve:

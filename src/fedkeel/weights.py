@@ -237,6 +237,10 @@ class Weights:
         mine = {each.untyped_storage().data_ptr() for each in (self.flat, self.grad)}
         return tensor.clone() if tensor.untyped_storage().data_ptr() in mine else tensor
 
+    def all_apart(self, table: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`apart` for each."""
+        return {name: self.apart(tensor) for name, tensor in table.items()}
+
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors by name in the usual memory order, on the CPU, for writing to disk."""
         named = {**self.layout.named(self.flat), **self._counters, **self._own_counters}
