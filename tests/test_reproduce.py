@@ -13,6 +13,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -80,7 +81,7 @@ PROTOCOLS = {
 def tiny() -> Iterator[Files]:
     """Small tables in place of the package's: a run takes a tenth of a second. A test may change them, and then calls
     `anew`."""
-    with of_package({"base": BASE, "protocols": PROTOCOLS, "tiny": TINY}) as found:
+    with of_package(deepcopy({"base": BASE, "protocols": PROTOCOLS, "tiny": TINY})) as found:
         yield found
 
 
@@ -492,7 +493,24 @@ def test_cells_of_other_data_are_never_mixed_in(tiny: Files) -> None:
     found = shown.show(experiment("tiny"), "reduced", outcomes)
     assert found.spots["avg", "a"].stale == (2,) and found.spots["avg", "a"].mean == 50
     assert [text.partition(": ")[2] for text in found.stale] == [
-        "run on other data than most cells of its column, 0123456789ab: remove its file, and it is run again"
+        "run with other data than most cells of its column, 0123456789ab: remove its file, and it is run again"
+    ]
+
+
+def test_cells_of_another_generator_are_never_mixed_in(tiny: Files) -> None:
+    """Most seeds of a row decide; another row may have a generator of its own."""
+    outcomes = [
+        made(cell, 0.5, generator={"name": "flow", "fingerprint": "b" * 16 if cell.row.key == "own" else "a" * 16})
+        for cell in command.plan(["tiny"], "reduced", seeds=[1, 2, 3])
+    ]
+    at = [outcome.cell.name for outcome in outcomes].index("avg--a--seed2")
+    other = {"name": "flow", "fingerprint": "0123456789abcdef"}
+    outcomes[at] = made(outcomes[at].cell, 0.9, generator=other, same_as="reduced/first/avg--a--seed2")
+    found = shown.show(experiment("tiny"), "reduced", outcomes)
+    assert found.spots["avg", "a"].stale == (2,) and found.spots["avg", "a"].mean == 50
+    assert [text.partition(": ")[2] for text in found.stale] == [
+        "run with another generator than most seeds, 0123456789ab: remove its file and that of "
+        "reduced/first/avg--a--seed2, the same run, and it is run again"
     ]
 
 
@@ -510,6 +528,41 @@ def test_our_numbers_beside_the_printed_ones(table: shown.Shown) -> None:
     assert [row.own for row in table.rows] == [False, False, True]
     assert table.order == {"a": (0, 1)}, "in b the printed number has a mark, and a row has no number"
     assert table.spots["prox", "b"].mark == "a" and table.footnotes == {"a": "above the bound"}
+
+
+def test_rows_of_another_group_are_not_held_against_each_other(tiny: Files) -> None:
+    """FedAvg with 1 epoch against FedProx with 5: neither a pair nor rivals for the highest."""
+    for row, group in (("avg", "E = 1"), ("prox", "E = 5"), ("own", "E = 1")):
+        tiny["tiny"]["rows"][row]["group"] = group
+    tiny["tiny"]["printed"]["own"] = {"a": [60.0]}
+    anew()
+    values = {"avg": 0.7, "prox": 0.5, "own": 0.6}
+    outcomes = [made(cell, values[cell.row.key]) for cell in command.plan(["tiny"], "reduced", columns=["a"])]
+    found = shown.show(experiment("tiny"), "reduced", outcomes)
+    assert found.order == {"a": (0, 1)}, "printed 50.5 below 60, ours 70 above 60"
+    assert [place[0] for place, spot in found.spots.items() if spot.best] == ["avg"], "FedProx is alone in its group"
+
+
+def test_pairs_are_counted_on_the_seeds_that_both_have(tiny: Files) -> None:
+    """Over all seeds FedProx is above FedAvg, as it is not printed; on the one seed that both have it is below."""
+    values = {("avg", 1): 0.6, ("avg", 2): 0.2, ("prox", 1): 0.5}
+    outcomes = [
+        made(cell, value) if (value := values.get((cell.row.key, cell.seed))) else Outcome(cell, None)
+        for cell in command.plan(["tiny"], "reduced", rows=["avg", "prox"], columns=["a"])
+    ]
+    assert shown.show(experiment("tiny"), "reduced", outcomes).order == {"a": (1, 1)}
+    none = [each for each in outcomes if (each.cell.row.key, each.cell.seed) != ("avg", 1)]
+    assert shown.show(experiment("tiny"), "reduced", none).order == {}
+
+
+def test_a_column_like_another_need_not_share_its_mark(tiny: Files) -> None:
+    tiny["tiny"]["columns"]["b+conv"] = {"label": "B, conventional", "like": "b"}
+    anew()
+    assert experiment("tiny").printed_at("prox", "b+conv") == ((70.0,), "above the bound")
+    tiny["tiny"]["marks"]["prox.b+conv"] = ""
+    anew()
+    assert experiment("tiny").printed_at("prox", "b+conv") == ((70.0,), "")
+    assert experiment("tiny").printed_at("prox", "b") == ((70.0,), "above the bound")
 
 
 def test_what_stands_below_a_table(table: shown.Shown) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from decimal import ROUND_HALF_UP, Decimal
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
@@ -22,7 +23,7 @@ from typing import Any, Literal
 
 from fedkeel.record import headline
 from fedkeel.reproduce.asked import Picture, asked
-from fedkeel.reproduce.cells import Outcome, of_one_data, read
+from fedkeel.reproduce.cells import Outcome, of_one_make, read
 from fedkeel.reproduce.pictures import Source
 from fedkeel.reproduce.shown import show
 from fedkeel.reproduce.tables import Cell, cells, experiment
@@ -159,14 +160,15 @@ class Claim:
 
 
 def signed(value: float) -> str:
-    """One decimal, with a sign."""
-    return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")  # no minus before a zero
+    """One decimal, with a sign; halves away from zero, whatever their binary digits."""
+    rounded = Decimal(f"{value:.6f}").quantize(Decimal("0.1"), ROUND_HALF_UP)
+    return f"{rounded + 0:+.1f}".replace("-", "−")  # no minus before a zero
 
 
 @cache
 def outcomes(table: str) -> dict[tuple[str, str, int], Outcome]:
     """Every cell of a table, by row, column and seed."""
-    found = of_one_data([read(cell, CELLS) for cell in cells(experiment(table), PROFILE)])
+    found = of_one_make([read(cell, CELLS) for cell in cells(experiment(table), PROFILE)])
     return {(each.cell.row.key, each.cell.column.key, each.cell.seed): each for each in found}
 
 

@@ -58,13 +58,13 @@ Tell = Callable[["Outcome"], None]
 @dataclass(frozen=True)
 class Outcome:
     """A cell and what its JSON file says; None where there is none. error: why it failed when it was run last. fresh:
-    it came to be just now. apart: it was run on other data than the cells beside it."""
+    it came to be just now. apart: "data" or "generator", where it was run with another than the cells beside it."""
 
     cell: Cell
     found: Mapping[str, Any] | None
     error: str = ""
     fresh: bool = False
-    apart: bool = False
+    apart: str = ""
 
     @property
     def state(self) -> str:
@@ -111,20 +111,27 @@ def read(cell: Cell, folder: Path) -> Outcome:
     return Outcome(cell, found)
 
 
-def of_one_data(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """The same, where a cell is stale that was run on other data than most cells of its column: the key has no images,
-    only where they lie."""
-    prints: dict[str, Counter[str]] = {}
+def of_one_make(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The same, where a cell is stale that was run on other data than most cells of its column, or with another
+    generator than most seeds of its row there: the key has no images and no weights, only what they are called."""
+    prints: dict[tuple[str, ...], Counter[str]] = {}
     for each in outcomes:
-        if each.state == "done" and each.found is not None:
-            prints.setdefault(each.cell.column.key, Counter())[each.found["data"]["fingerprint"]] += 1
-    most = {column: found.most_common(1)[0][0] for column, found in prints.items()}
+        for place, fingerprint in _made_of(each):
+            prints.setdefault(place, Counter())[fingerprint] += 1
+    most = {place: found.most_common(1)[0][0] for place, found in prints.items()}
     return [
-        replace(each, apart=True)
-        if each.state == "done" and each.found and each.found["data"]["fingerprint"] != most[each.cell.column.key]
-        else each
+        replace(each, apart=next((place[0] for place, mine in _made_of(each) if mine != most[place]), ""))
         for each in outcomes
     ]
+
+
+def _made_of(outcome: Outcome) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Fingerprints of what a cell that is done was made of, each by what it is of and where it must be the same."""
+    if outcome.state == "done" and outcome.found is not None:
+        column, row = outcome.cell.column.key, outcome.cell.row.key
+        yield ("data", column), outcome.found["data"]["fingerprint"]
+        if generator := outcome.found["generator"]:
+            yield ("generator", column, row), generator.get("fingerprint", "")
 
 
 def reproduce(

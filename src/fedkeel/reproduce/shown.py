@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedkeel.comparison import differing
 from fedkeel.report.table import duration
-from fedkeel.reproduce.cells import Outcome, of_one_data
+from fedkeel.reproduce.cells import Outcome, of_one_make
 from fedkeel.reproduce.tables import HEADLINE, Column, Experiment, L, Row
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class Shown:
 
 def show(found: Experiment, profile: str, outcomes: Sequence[Outcome]) -> Shown:
     """The table of these cells, at least one: rows, columns and seeds are those that they have."""
-    outcomes = of_one_data(outcomes)
+    outcomes = of_one_make(outcomes)
     rows = _in_order(found.rows, {each.cell.row.key for each in outcomes})
     columns = _in_order(found.columns, {each.cell.column.key for each in outcomes})
     by_place: dict[Place, list[Outcome]] = {}
@@ -234,11 +234,11 @@ def _letter(number: int) -> str:
 
 
 def _with_best(rows: Sequence[Row], columns: Sequence[Column], spots: Mapping[Place, Spot]) -> dict[Place, Spot]:
-    """The same, where the highest of each column (and metric, where rows show several) are marked."""
+    """The same, where the highest of each column (and metric and group, where rows have several) are marked."""
     out = dict(spots)
     for column in columns:
-        for metric in {row.metric for row in rows}:
-            places = [(row.key, column.key) for row in rows if row.metric == metric]
+        for kind in {(row.metric, row.group) for row in rows}:
+            places = [(row.key, column.key) for row in rows if (row.metric, row.group) == kind]
             ours = {place: round(mean, 2) for place in places if (mean := spots[place].mean) is not None}
             printed = {place: spots[place].printed[0] for place in places if spots[place].printed}
             for place in places:
@@ -250,12 +250,16 @@ def _with_best(rows: Sequence[Row], columns: Sequence[Column], spots: Mapping[Pl
 
 
 def _order(rows: Sequence[Row], column: Column, spots: Mapping[Place, Spot]) -> tuple[int, int]:
-    """Pairs of rows in the paper's order, and of how many; printed numbers with a mark are left out."""
-    known = [(row.metric, spot) for row in rows if (spot := spots[row.key, column.key]).difference is not None]
+    """Pairs of rows of one metric and group in the paper's order, and of how many, on the seeds that both have; printed
+    numbers with a mark are left out."""
+    known = [(row, spot) for row in rows if (spot := spots[row.key, column.key]).difference is not None]
     gaps = [
-        (first.printed[0] - second.printed[0], (first.mean or 0.0) - (second.mean or 0.0))
-        for (metric, first), (other, second) in combinations(known, 2)
-        if metric == other and not (first.mark or second.mark) and first.printed[0] != second.printed[0]
+        (first.printed[0] - second.printed[0], sum(first.ours[seed] - second.ours[seed] for seed in common))
+        for (one, first), (other, second) in combinations(known, 2)
+        if (one.metric, one.group) == (other.metric, other.group)
+        and not (first.mark or second.mark)
+        and first.printed[0] != second.printed[0]
+        and (common := sorted(first.ours.keys() & second.ours.keys()))
     ]
     return sum(printed * ours > 0 for printed, ours in gaps), len(gaps)
 
@@ -313,8 +317,11 @@ def _differs(outcome: Outcome) -> str:
     """The first keys of the configuration that a stale cell was run with otherwise."""
     assert outcome.found is not None
     if outcome.apart:
-        other = outcome.found["data"]["fingerprint"][:12]
-        return f"run on other data than most cells of its column, {other}: remove its file, and it is run again"
+        most = {"data": "other data than most cells of its column", "generator": "another generator than most seeds"}
+        other = outcome.found[outcome.apart]["fingerprint"][:12]
+        file = outcome.found.get("same_as", "")
+        told = f"its file and that of {file}, the same run" if file else "its file"
+        return f"run with {most[outcome.apart]}, {other}: remove {told}, and it is run again"
     found = differing(outcome.cell.config, outcome.found["config"])
     texts = [f"{key} = {_toml(after)}, run with {_toml(before)}" for key, after, before in found[:_FEW]]
     more = f" and {len(found) - _FEW} more" if len(found) > _FEW else ""

@@ -46,12 +46,13 @@ L = TypeVar("L", bound=Line)
 
 @dataclass(frozen=True)
 class Row(Line):
-    """method: as `fedkeel compare` reads it, such as "fbl(25%)". metric: what the row shows. rate: the row that was
-    tuned for its learning rate; its own key unless named. columns: where it has a cell; everywhere where none are
-    named."""
+    """method: as `fedkeel compare` reads it, such as "fbl(25%)". metric: what the row shows. group: only rows of one
+    group are held against each other, such as those of equal local epochs. rate: the row that was tuned for its
+    learning rate; its own key unless named. columns: where it has a cell; everywhere where none are named."""
 
     method: str = ""
     metric: str = HEADLINE
+    group: str = ""
     rate: str = ""
     columns: Sequence[str] = ()
 
@@ -89,7 +90,8 @@ class Protocol:
 @dataclass(frozen=True)
 class Experiment:
     """A table or figure. printed: [mean, deviation] or [mean] in per cent by row and column, as the paper has them.
-    marks: by "row.column", "row" or "column", why a printed number cannot be relied on. runs: false for a figure that
+    marks: by "row.column", "row" or "column", why a printed number cannot be relied on; "" where a column that is like
+    another does not share its mark. runs: false for a figure that
     is drawn from data or images alone. pictures: as in `pictures.Picture`."""
 
     name: str
@@ -133,9 +135,11 @@ class Experiment:
     def printed_at(self, row: str, column: str) -> tuple[tuple[float, ...], str]:
         """What the paper prints in this place, in per cent, and why it cannot be relied on; "" where it can."""
         numbers = tuple(self.printed.get(row, {}).get(column, ()))
-        column = self.columns[column].like or column
-        keys = (f"{row}.{column}", row, column) if numbers else ()
-        return numbers, "; ".join(self.marks[key] for key in keys if key in self.marks)
+        if not numbers:
+            return (), ""
+        like = self.columns[column].like or column
+        own = self.marks.get(f"{row}.{column}", self.marks.get(f"{row}.{like}", ""))
+        return numbers, "; ".join(filter(None, (own, self.marks.get(row), self.marks.get(like))))
 
 
 @dataclass(frozen=True)
