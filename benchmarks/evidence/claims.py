@@ -92,8 +92,8 @@ CLAIMS = (
         "Clients that may train on more data raise the accuracy (25 and 50% of them unconstrained)",
         "over FBL, 25%: +3.15, +2.26, +0.37 at α = 0.1, 0.3, 0.5; 50%: +3.82, +1.66, +1.31",
         [gap("fbl-t1", row, "fbl", column) for row in ("fbl-25", "fbl-50") for column in ALPHAS],
-        note="They make more steps too, one and a half to three and a half times FBL's. FBL that cuts nothing gains as much as a "
-        "quarter of them does, with 1.4 to 1.7 times FBL's steps ([below](#claim-cut)).",
+        note="They make more steps too, one and a half to three and a half times FBL's. FBL that cuts nothing gains as "
+        "much as a quarter of them does, with 1.4 to 1.7 times FBL's steps ([below](#claim-cut)).",
     ),
     Claim(
         "FBL",
@@ -622,8 +622,8 @@ CLAIMS = (
         ],
         note="By two points on CIFAR-10 and three on CIFAR-100; level with FBL (50%) on the food classes, twelve "
         "points below it on EuroSAT, whose flow makes textures without shapes. It never cuts, and it makes twice the "
-        "steps of FBL and of the baselines; FBL (50%) makes two to three and a half times FBL's, on CIFAR-100 eight. The next "
-        "control has that.",
+        "steps of FBL and of the baselines; FBL (50%) makes two to three and a half times FBL's, on CIFAR-100 eight. "
+        "The next control has that.",
     ),
     Claim(
         "ours",
