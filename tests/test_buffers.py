@@ -176,6 +176,14 @@ def test_reset_statistics_start_as_at_first():
     assert statistics(plain)[0] == pytest.approx(0.9 * 0.4 + 0.4, rel=1e-5)
 
 
+def test_reset_statistics_start_to_count_again():
+    """With momentum = None they are means over the batches counted: of this round's alone."""
+    worker, server = bed((4,), (2,), buffers="reset")
+    worker.model.features[0].momentum = None
+    once = averaged(worker, server, [0])
+    assert statistics(averaged(worker, once, [0])) == pytest.approx(statistics(once), rel=1e-5)
+
+
 class Filled(Algorithm):
     """Real samples at one level, then as many synthetic ones at 10."""
 

@@ -26,7 +26,9 @@ from fedkeel.clients import ClientStore
 from fedkeel.config import Config
 from fedkeel.errors import CheckpointError, PartitionError, StorageError
 from fedkeel.files import write
-from fedkeel.loop import resume, run
+from fedkeel.job import Job
+from fedkeel.loop import resume, run, run_key
+from fedkeel.models.mlp import MLP
 from fedkeel.record import Record, RoundLog, Silent, numbers
 from fedkeel.records import Server
 
@@ -364,6 +366,14 @@ def test_another_configuration_is_refused_and_changes_nothing(never_stopped, dat
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     resume(folder, data=data)
     assert ends(folder) == expected
+
+
+def test_a_checkpoint_goes_by_more_than_the_configuration(data, monkeypatch):
+    """By who holds what, and by the network as this version builds it."""
+    config, build = tiny.config(), MLP.build
+    keys = {run_key(Job(config, each)) for each in (data, data, tiny.data(seed=5))}
+    monkeypatch.setattr(MLP, "build", lambda mlp, shape, classes: build(replace(mlp, hidden=(9,)), shape, classes))
+    assert len(keys) == 2 and len(keys | {run_key(Job(config, data))}) == 3
 
 
 def test_other_data_are_refused(never_stopped, data, tmp_path):

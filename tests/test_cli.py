@@ -11,6 +11,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, metadata, requires
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from click.testing import Result
@@ -24,6 +25,7 @@ from fedkeel.config import NAMED, load
 from fedkeel.data.dataset import Dataset
 from fedkeel.doctor import EXTRAS, Check, examine
 from fedkeel.errors import CheckpointError, ConfigError, RunError
+from fedkeel.files import locked
 from fedkeel.record import Silent
 
 CONFIG = """
@@ -266,6 +268,20 @@ def test_a_method_without_synthetic_images_has_no_contact_sheet(config: Path, no
 
 # comparisons ----------------------------------------------------------------------------------------------------------
 
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """What a command asks of `compare`, which runs nothing."""
+    found: dict[str, object] = {}
+
+    def record(table: dict[str, object], specs: Sequence[str], seeds: range, folder: Path, **rest: object) -> None:
+        found.update(rest, table=table, specs=specs, seeds=list(seeds), folder=folder)
+        raise RunError("enough")
+
+    monkeypatch.setattr(comparison, "compare", record)
+    return found
+
+
 SPECS = "fedavg,fedprox,fbl:M1,fbl(50%)"
 
 
@@ -401,6 +417,43 @@ def test_starting_afresh_removes_only_what_began_so(config: Path, data: Dataset,
     assert list(mine.results) == [("fbl", 1)]
 
 
+def test_what_another_process_runs_is_not_started_afresh(config: Path, data: Dataset, no_report: None) -> None:
+    table = load(config) | {"rounds": 1}
+    compare(table, ["fedavg"], [1], "out", data=data, again=True)
+    with locked(Path("out/fedavg-seed1"), RuntimeError("busy")):
+        with pytest.raises(CheckpointError, match="fedavg-seed1 is being written by another process"):
+            compare(table, ["fedavg"], [1], "out", data=data, again=True)
+        assert Path("out/fedavg-seed1/model.safetensors").exists()
+
+
+def test_a_lock_that_its_holder_removed_lets_nobody_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who opened the old file gets its lock; who made the new one has that too."""
+
+    def late(file: object, how: int) -> None:
+        (tmp_path / ".lock").unlink()
+        (tmp_path / ".lock").touch()
+
+    monkeypatch.setattr("fcntl.flock", late)
+    with pytest.raises(RuntimeError, match="busy"), locked(tmp_path, RuntimeError("busy")):
+        pytest.fail("two are in")
+
+
+@pytest.mark.parametrize(
+    ("specs", "seeds", "why"),
+    [
+        (["fedavg"], [], "seeds = .*: must be a list of numbers, each of them once, and one at least"),
+        (["fedavg"], [1, 1], "seeds = "),
+        (["fedavg"], 2, "seeds = 2: must be a list"),
+        ("fedavg", [1], "algorithms = 'fedavg': must be a list of methods"),
+        (["My_Algo!", "my_algo"], [1], "algorithms = 'my_algo': .* by names of their own"),
+        (["方法"], [1], "algorithms = '方法': needs a letter from a to z or a digit"),
+    ],
+)
+def test_runs_of_a_comparison_have_folders(config: Path, specs: list[str], seeds: list[int], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        compare(load(config), specs, seeds, "out")
+
+
 def test_slugs() -> None:
     assert [slug(spec) for spec in ("fedavg", "fbl:M3", "fbl(25%)", "fbl:M3(25%)")] == [
         "fedavg", "fbl-m3", "fbl-25", "fbl-m3-25",
@@ -409,14 +462,12 @@ def test_slugs() -> None:
         compare({}, [], [1], "out")
 
 
-def test_demo_is_a_comparison_of_the_bundled_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: dict[str, object] = {}
+def test_seeds_begin_at_the_configurations(config: Path, asked: dict[str, object]) -> None:
+    assert fedkeel_("compare", config, "--algorithms", "fedavg", "--seeds", "3", "seed=5").exit_code == 1
+    assert asked["seeds"] == [5, 6, 7]
 
-    def record(table: dict[str, object], specs: Sequence[str], seeds: range, folder: Path, **rest: object) -> None:
-        asked.update(rest, table=table, specs=specs, seeds=list(seeds), folder=folder)
-        raise RunError("enough")
 
-    monkeypatch.setattr(comparison, "compare", record)
+def test_demo_is_a_comparison_of_the_bundled_settings(asked: dict[str, object], tmp_path: Path) -> None:
     assert fedkeel_("demo", "--all", "--seeds", "2", "--dir", tmp_path).exit_code == 1
     assert set(cli.DEMO) < set(cli.DEMO_ALL)
     assert asked["specs"] == cli.DEMO_ALL
@@ -482,8 +533,13 @@ def test_generate_tunes_first(config: Path) -> None:
     assert value["generators"] == [value["fingerprint"]] and value["fingerprint"][:16] not in folders
 
 
-def test_list_measures_what_crosses() -> None:
-    rows = {row["name"]: row for row in json.loads(done("list", "algorithms", "--json").stdout)}
+@pytest.fixture(scope="module")
+def rows() -> dict[str, dict[str, Any]]:
+    """What is measured of each method."""
+    return {row["name"]: row for row in json.loads(done("list", "algorithms", "--json").stdout)}
+
+
+def test_list_measures_what_crosses(rows: dict[str, dict[str, Any]]) -> None:
     assert rows["fedavg"]["down"] == rows["fedavg"]["up"] == 1
     assert rows["fedavg"]["client_sends"] == ["model"]
     assert rows["scaffold"]["server_sends"] == ["model", "c"]
@@ -588,10 +644,28 @@ def test_doctor_speaks_of_declared_extras_only() -> None:
             assert any(line.startswith(package.replace("_", "-")) for line in needed)
 
 
-def test_the_readme_has_every_method() -> None:
+@pytest.fixture
+def readme() -> dict[str, str]:
+    """By method: what README says that crosses."""
     text = (Path(__file__).parent.parent / "README.md").read_text()
-    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
-    assert sorted(name for cell in cells for name in re.findall(r"`(\w+)`", cell)) == registry.names("algorithms")
+    cells = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
+    return {name: each[-2] for each in cells for name in re.findall(r"`(\w+)`", each[1])}
+
+
+def test_the_readme_has_every_method(readme: dict[str, str]) -> None:
+    assert sorted(readme) == registry.names("algorithms")
+
+
+def test_the_factors_of_the_readme_are_those_measured(readme: dict[str, str], rows: dict[str, dict[str, Any]]) -> None:
+    """What has no factor is FedAvg's traffic, but for less than a hundredth."""
+
+    def says(word: str, factor: float) -> bool:
+        return f"{factor:.{len(word.partition('.')[2])}f}" == word
+
+    for name in readme.keys() - {"centralized"}:  # which sends the data before
+        words, factors = re.findall(r"\(x ([\d.]+)\)", readme[name]), (rows[name]["down"], rows[name]["up"])
+        assert all(any(says(word, each) for each in factors) for word in words), (name, factors)
+        assert all(any(says(word, each) for word in (*words, "1.00")) for each in factors), (name, factors)
 
 
 def test_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

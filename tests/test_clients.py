@@ -25,6 +25,16 @@ def store(request, tmp_path) -> ClientStore:
     return ClientStore(tmp_path / "clients", budget=2 << 30 if request.param == "in memory" else 1)
 
 
+def test_a_file_of_somebody_else_stays(store):
+    store.put(3, 0, state(1.0))
+    store.flush([(3, 0)])
+    other = store.folder / "0-1 copy.safetensors"
+    other.touch()
+    again = ClientStore(store.folder, budget=1)
+    again.collect({(3, 0)})
+    assert other.exists() and value(again.open(3, 0)) == 1.0
+
+
 def test_nothing_before_the_first_round(store):
     assert store.open(3, None) is None
 

@@ -61,10 +61,14 @@ from fedkeel.partition.dirichlet import Dirichlet
         ("participation=0", "participation", "must be > 0"),
         ("participation=1.5", "participation", "a share is at most 1.0"),
         ("participation=5", "participation", "there are 4 clients only"),
+        ("min_replies=5", "min_replies", "at most 4, the clients of a round"),
         ("participation=nan", "participation", "must be finite and > 0"),
         ("participation=half", "participation", "must be a whole number or a number"),
         ("participation=true", "participation", "must be a whole number or a number"),
         ("name=../other", "name", "plain folder name"),
+        ("name=" + 201 * "x", "name", "of at most 200 bytes"),
+        ("balance.name=moon", "balance.name", "works over another: fbl, regl"),
+        ("balance.name=rgl", "balance.name", "Did you mean 'regl'?"),
         ("profiles.unconstrained=0.7", "profiles.none", "at most 0.3: the two shares overlap"),
         ("profiles.unconstrained_ids=[1,4]", "profiles.unconstrained_ids", "clients are numbered 0 to 3"),
         ("data.name=", "data.name", "there is no ''"),
@@ -349,6 +353,11 @@ def test_options_younger_than_recorded_runs_leave_their_keys_alone():
     assert parse(old.table(), ["pool.tuning_budget=3"]).key() == keys["regl"]  # what a machine has time for
 
 
+def test_what_balances_decides_numbers():
+    over = ((), ("balance.name=fbl",), ("balance.name=regl",))
+    assert len({tiny.config("algorithm.name=scaffold", *balance).key() for balance in over}) == 3
+
+
 def test_shared_images_decide_numbers():
     assert tiny.config("pool.sharing=shared").key() != tiny.config().key()
 
@@ -449,7 +458,8 @@ def test_weights_of_the_method_underneath_are_not_dropped_without_a_word(key):
     name, value = key.split("=")
     with pytest.raises(ConfigError, match=rf"algorithm\.{name} = '{value}': .* set balance\.{name} instead"):
         tiny.config(f"algorithm.{key}", "balance.name=regl")
-    assert getattr(tiny.config(f"algorithm.{key}", "balance.name=regl", f"balance.{key}").method.inner, name) == value
+    for algorithm in ((f"algorithm.{key}",), ()):
+        assert getattr(tiny.config(*algorithm, "balance.name=regl", f"balance.{key}").method.inner, name) == value
 
 
 def test_the_base_of_a_method_is_no_option():

@@ -31,6 +31,7 @@ from typing import Any
 import click
 import pytest
 import typer.main
+from benchmark_modules import BENCHMARKS, modules_of
 from typer.testing import CliRunner
 
 from fedkeel import catalogue, cli, config, registry
@@ -197,6 +198,22 @@ def test_links_of_the_readme_lead_somewhere() -> None:
     for path in (ROOT / "README.md", *ALSO):
         for target in re.findall(r"\]\(([^)#\s]+)", path.read_text()):
             assert target.startswith("https://") or (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", ["baselines", "generators", "reliability"])
+def test_a_benchmarks_page_has_the_numbers_of_its_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of benchmarks/speed: test_speed.py; of benchmarks/evidence: test_evidence.py."""
+    if name == "reliability":
+        pytest.importorskip("flwr", reason="needs the extra `flower`")
+    with modules_of(BENCHMARKS, name) as found:
+        made = found[name]
+        results, kept = json.loads(made.OUT.read_text()), (made.OUT.read_text(), made.PAGE.read_text())
+        for file in ("OUT", "PAGE"):
+            monkeypatch.setattr(made, file, tmp_path / file)
+        made.save(results) if name == "reliability" else made.write(results["runs"])
+        assert (made.OUT.read_text(), made.PAGE.read_text()) == kept
 
 
 # what it does ---------------------------------------------------------------------------------------------------------

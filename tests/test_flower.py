@@ -358,7 +358,7 @@ def with_facts_of(reply, message, **facts):
 
 
 def test_a_node_joins_late_and_another_leaves(tmp_path):
-    cfg = config(tmp_path, "rounds=3", "participation=1.0", "federation.join_wait=0.2")
+    cfg = config(tmp_path, "rounds=3", "participation=1.0", "federation.join_wait=1")
     grid = loopback.grid(tmp_path)
     late = grid.nodes.pop(103)
 
@@ -412,7 +412,7 @@ def test_too_few_clients_fail_the_run_in_the_end(tmp_path, monkeypatch, capsys):
     with pytest.raises(TooFewClients, match="3 usable updates, min_replies = 4"):
         loopback.federate(grid, cfg)
     assert "trying again (5 of 5)" in capsys.readouterr().out
-    absent = config(tmp_path / "other", "min_replies=4", "federation.join_wait=0.1")
+    absent = config(tmp_path / "other", "participation=1.0", "min_replies=4", "federation.join_wait=0.1")
     few = loopback.grid(tmp_path / "other", clients=3)
     monkeypatch.setattr(flower_server, "RETRIES", 0)
     with pytest.raises(TooFewClients, match=r"3 of 4 clients are connected after 0\.1 seconds"):
@@ -532,7 +532,7 @@ def test_images_are_made_on_nodes_before_the_first_round(tmp_path):
 
 
 def test_who_joins_late_makes_its_images_beside_the_rounds(tmp_path):
-    cfg = config(tmp_path, "participation=1.0", "federation.join_wait=0.2", "pool.dir=", method="fbl")
+    cfg = config(tmp_path, "participation=1.0", "federation.join_wait=1", "pool.dir=", method="fbl")
     grid = loopback.grid(tmp_path, threads=True)
     late, go = grid.nodes.pop(101), threading.Event()
 
@@ -592,7 +592,8 @@ def test_a_client_that_cannot_make_its_images_is_passed_over(tmp_path, monkeypat
 
 def test_a_client_that_leaves_while_it_makes_its_images_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(flower_server, "RETRIES", 0)
-    cfg = config(tmp_path, "participation=1.0", "rounds=1", "min_replies=4", "pool.dir=", method="fbl")
+    small = ("participation=1.0", "rounds=1", "min_replies=4", "federation.join_wait=20")
+    cfg = config(tmp_path, *small, "pool.dir=", method="fbl")
     making = Job(cfg).filled
     grid, asked = loopback.grid(tmp_path, threads=True), []
 

@@ -23,10 +23,19 @@ from torch import Tensor
 
 from fedkeel import loop, registry
 from fedkeel.algorithms.base import Algorithm
-from fedkeel.config import read
-from fedkeel.errors import CheckpointError, ConfigError, RunError, TooFewClients, UndeclaredField, UserError
+from fedkeel.config import parse, read
+from fedkeel.errors import (
+    CheckpointError,
+    ConfigError,
+    RunError,
+    RunWarning,
+    TooFewClients,
+    UndeclaredField,
+    UnknownName,
+    UserError,
+)
 from fedkeel.job import Job, assign, steady
-from fedkeel.loop import Result, resume, run
+from fedkeel.loop import Result, one_round, resume, run
 from fedkeel.models.split import Split
 from fedkeel.record import Silent, numbers
 from fedkeel.registry import register
@@ -184,6 +193,29 @@ def test_who_takes_part_is_drawn_uniformly(data):
     assert len(set(cohorts)) == 45
 
 
+def test_what_seed_1_draws(data):
+    """Recorded: another draw is other numbers in every run there is."""
+    skewed = ("partition.name=dirichlet", "partition.alpha=0.5", "partition.min_size=2")
+    job = Job(
+        tiny.config(
+            "clients=10", "participation=3", *skewed, "profiles.unconstrained=0.3", "model.hidden=[4]", "augment.crop=2"
+        ),
+        data,
+    )
+    assert [job.cohort(number) for number in range(4)] == [[0, 4, 8], [0, 3, 9], [2, 4, 8], [1, 5, 7]]
+    assert [rows.tolist()[:3] for rows in job.partition.clients] == [
+        [3, 8, 12], [24, 60], [0, 6, 9], [11, 23, 27], [10, 14, 30],
+        [4, 28, 75], [16, 47, 53], [2, 26, 34], [5, 7, 15], [1, 18, 20],
+    ]  # fmt: skip
+    assert [client for client, profile in enumerate(job.profiles) if profile == "unconstrained"] == [1, 4, 5]
+    assert [rows.tolist()[:2] for rows in job.personal_tests] == [
+        [8, 13], [28], [6, 7], [3, 11], [2, 5], [4, 9], [19, 22], [1, 14], [23, 25], [0, 12],
+    ]  # fmt: skip
+    server = job.first_server()
+    assert server.params[:4].tolist() == pytest.approx([-0.053805, 0.05433, 0.051291, 0.018324], abs=1e-6)
+    assert job.worker.fit(server, 0, None).loss == pytest.approx(1.42408, abs=1e-4)  # by the order of batches
+
+
 def test_methods_of_one_comparison_share_cohorts_data_and_first_weights(data):
     jobs = [Job(tiny.config("clients=6", f"algorithm.name={name}"), data) for name in ("fedavg", "scaffold", "fedprox")]
     assert len({tuple(job.cohort(3)) for job in jobs}) == 1
@@ -294,6 +326,14 @@ def test_a_loss_that_is_not_a_number_is_refused_and_the_round_goes_on(data, room
     assert all(bool(torch.isfinite(tensor).all()) for tensor in result.weights.values())
 
 
+def test_the_loss_of_a_round_is_the_mean_of_its_clients(data):
+    job = Job(tiny.config(), data)
+    server = replace(job.first_server(), layout=job.worker.weights.layout)
+    losses = [job.worker.fit(server, client, None).loss for client in range(4)]
+    _, record = one_round(job, InProcess().start(job), server, {})
+    assert len(set(losses)) == 4 and record["train/loss"] == pytest.approx(sum(losses) / 4)
+
+
 def test_a_client_that_fails_counts_as_absent(data, room):
     """The round is what it would be without it: weights over those that answered."""
     failing(room, {1: (0,), 3: (0,)}, "nan")
@@ -328,6 +368,63 @@ def test_too_few_clients(data, room, tmp_path):
     # the bound decides no numbers, so the run goes on with a lower one, and ends as if it had had it all along
     lower = replace(config, min_replies=2)
     assert same(run(lower, data=data, folder=tmp_path / "run", resume=True), run(lower, data=data))
+
+
+def test_a_pooled_method_has_one_client_whatever_the_least(data):
+    """Of a comparison under min_replies = 3 the centralised bound is a run too."""
+    assert len(run(tiny.config("algorithm.name=centralized", "min_replies=3", "rounds=1"), data=data).rounds) == 1
+
+
+def test_a_run_leaves_pytorch_as_it_was(data):
+    torch.set_num_threads(2)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    run(tiny.config("rounds=1", "threads=1"), data=data)
+    assert torch.get_num_threads() == 2 and torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def test_a_method_without_a_name_is_refused(data):
+    class Mine(Algorithm):
+        pass
+
+    with pytest.raises(UserError, match=r"algorithms: .*Mine has no name; give it one by fedkeel.register"):
+        run(replace(tiny.config(), algorithm=Mine()), data=data)
+
+
+def test_what_is_no_configuration_or_data_is_refused_by_name(data):
+    with pytest.raises(ConfigError, match=r"config = 'str': must be a Config: fedkeel.read"):
+        run("exp.toml")
+    with pytest.raises(ConfigError, match=r"data = 'tuple': must be a Dataset: fedkeel.arrays"):
+        run(tiny.config(), data=(data.train_x, data.train_y))
+    with pytest.raises(ConfigError, match=r"table = 'exp.toml': must be a table of tables; fedkeel.read"):
+        parse("exp.toml")
+    with pytest.raises(UnknownName, match=r"rooms: there is no 'algoritms'.* Did you mean 'algorithms'"):
+        register("algoritms", "mine")
+
+
+def test_images_of_no_class_are_none(data, generator):
+    """A method that asks for nothing gets nothing, as in its rehearsal."""
+    job = Job(tiny.config("algorithm.name=regl", "algorithm.volume=2", *generator), data)
+    found = job.images(0, torch.zeros(4, dtype=torch.int64), 0)
+    assert found.x.shape == (0, 1, 16, 16) and len(found) == 0 and found.fake.dtype == torch.bool
+
+
+def test_trackers_need_a_folder(data):
+    for key, value in (("tensorboard", "true"), ("mlflow", "http://127.0.0.1:9")):
+        with pytest.raises(ConfigError, match=rf"^{key} = .*: needs a folder: "):
+            run(tiny.config(f"{key}={value}"), data=data)
+
+
+def test_only_files_that_were_left_half_written_go(data, tmp_path):
+    """And a folder may be named by a word."""
+    (tmp_path / "run").mkdir()
+    mine = tmp_path / "run/movie.mkv.partial"
+    left = tmp_path / f"run/rounds.jsonl.{'0' * 32}.partial"
+    for path in (mine, left):
+        path.touch()
+    run(tiny.config("rounds=1"), data=data, folder=str(tmp_path / "run"))
+    assert mine.exists() and not left.exists()
+    assert len(resume(str(tmp_path / "run"), data=data).rounds) == 1
 
 
 def test_a_round_that_fails_leaves_a_note(data, room, tmp_path):
@@ -494,6 +591,11 @@ def test_switching_a_method_off_is_said(data):
     assert heard.rounds == [1, 2, 3, 4] and heard.ends == 1
 
 
+def test_without_a_listener_warnings_are_pythons(data):
+    with pytest.warns(RunWarning, match=r"^algorithm.mu = 0.0: this switches the method off$"):
+        run(tiny.config("algorithm.name=fedprox", "algorithm.mu=0", "rounds=1"), data=data)
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -656,6 +758,12 @@ def test_the_manifest_keeps_when_a_run_began(data, tmp_path):
     path.write_text("{")  # a manifest that is damaged is written anew
     resume(folder, data=data)
     assert json.loads(path.read_text())["label"] == "fedavg"
+
+
+def test_a_run_that_is_resumed_keeps_its_label(data, tmp_path):
+    run(tiny.config("rounds=1"), data=data, folder=tmp_path / "run", label="as in the paper")
+    resume(tmp_path / "run", data=data)
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["label"] == "as in the paper"
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from fedkeel.data.dataset import Dataset
 from fedkeel.data.sources import arrays
 from fedkeel.errors import EmptyClient, PartitionError
 from fedkeel.options import build
-from fedkeel.partition import manifest
+from fedkeel.partition import dirichlet, manifest
 from fedkeel.partition.base import Rows
 from fedkeel.partition.dirichlet import Dirichlet
 from fedkeel.partition.global_share import GlobalShare
@@ -130,6 +131,14 @@ def test_dirichlet_by_hand() -> None:
         assert counts_of(parts, y, 3)[:, c].tolist() == np.diff(cuts).tolist()
 
 
+def test_dirichlet_draws_who_of_a_class_goes_where() -> None:
+    """No client has neighbours only, which of one class are 4 rows apart here."""
+    y = torch.arange(400) % 4
+    for rows in Dirichlet(alpha=100.0).split(y, 4, 4, rng()):
+        first = rows[y[rows] == 0]
+        assert int(first[-1] - first[0]) > 4 * len(first)
+
+
 def test_dirichlet_alpha_is_the_skew() -> None:
     y = labels_of([2000] * 10)
     largest = [
@@ -162,6 +171,31 @@ def test_dirichlet_top_up_fills_the_small(balance_cap: bool) -> None:
     assert [len(rows) for rows in partitioner.split(y, 6, 2, rng())] == [10] * 6
 
 
+@pytest.mark.parametrize("tries", [5, 25])
+def test_dirichlet_tops_up_the_best_draw(tries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That whose smallest client has most, so that the fewest samples are moved."""
+    y, given = torch.arange(400) % 4, list[np.ndarray]()
+    partitioner, same = Dirichlet(alpha=0.5, min_size=90, tries=tries, top_up=True), rng(3)
+    smallest = [int(partitioner._draw(np.full(4, 100), 4, same).sum(0).min()) for _ in range(tries)]  # type: ignore[union-attr]
+    fill = dirichlet._fill
+
+    def noted(owner: np.ndarray, *rest: Any) -> None:
+        given.append(np.bincount(owner, minlength=4))
+        fill(owner, *rest)
+
+    monkeypatch.setattr(dirichlet, "_fill", noted)
+    assert min(map(len, partitioner.split(y, 4, 4, rng(3)))) == 90
+    assert [sizes.min() for sizes in given] == [max(smallest)]
+
+
+def test_dirichlet_top_up_draws_who_moves() -> None:
+    """Of 90 beside 10 not the first 40 go over."""
+    owner = np.repeat([0, 1], [90, 10])
+    dirichlet._fill(owner, 2, 50, rng())
+    moved = np.flatnonzero(owner[:90] == 1)
+    assert len(moved) == 40 and moved.max() > 40
+
+
 def test_balance_cap_evens_the_sizes() -> None:
     """A client at n/N gets no more, so none exceeds the cap by more than one class."""
     y = labels_of([100] * 50)
@@ -186,6 +220,13 @@ def test_global_share() -> None:
     assert all(set(a.tolist()) <= set(b.tolist()) for a, b in zip(less, some, strict=True))
     everything = GlobalShare(alpha=0.3, share=1.0).split(y, 4, 3, rng(5))
     assert all(torch.equal(rows, torch.arange(175)) for rows in everything)
+
+
+def test_what_is_shared_is_drawn() -> None:
+    """Not the first tenth of each class."""
+    parts = GlobalShare(alpha=100.0, share=0.1).split(torch.arange(400) % 4, 4, 4, rng())
+    common = set.intersection(*(set(rows.tolist()) for rows in parts))
+    assert len(common) == 40 and max(common) >= 40
 
 
 def test_a_hundred_thousand_clients() -> None:

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+from fedkeel import personal
 from fedkeel.algorithms.base import Algorithm
 from fedkeel.algorithms.fedavg_ft import FedAvgFT
 from fedkeel.job import Job
@@ -177,6 +178,8 @@ def test_when_they_are_measured(data):
     assert rounds("algorithm.name=fedavg", "personal.measure=always") == [4]
     assert rounds("algorithm.name=fedrep", "balance.name=regl", "balance.volume=0") == [4]
     assert Job(tiny.config("algorithm.name=fedavg_ft", "balance.name=fbl"), data).tunes
+    assert not Job(tiny.config("algorithm.name=fedrep", "balance.name=regl", "balance.volume=0"), data).tunes
+    assert Job(tiny.config("balance.name=regl", "balance.volume=0"), data).tunes
 
 
 def test_global_metrics_are_those_of_a_global_model(data):
@@ -251,6 +254,15 @@ def test_a_client_whose_model_cannot_be_measured(data, runtime, monkeypatch, tmp
     assert [text for text in told.said if "own model" in text] == [
         "client 1: its own model could not be measured: ValueError: one value per channel"
     ]
+
+
+def test_an_epoch_of_tuning_is_a_pass_over_all(data, generator, monkeypatch):
+    """Whatever share of real samples the batches of training have."""
+    shares = []
+    monkeypatch.setattr(personal, "descend", lambda local, *rest: shares.append(local.real_ratio))
+    named = ("algorithm.name=regl", "algorithm.volume=2", "algorithm.real_ratio=0.25", "personal.measure=always")
+    run(tiny.config(*named, *generator, "rounds=1", "personal.epochs=1"), data=data)
+    assert shares == [None] * 4
 
 
 @pytest.mark.parametrize(("how", "count"), [("owned", 5), ("all", 8), ("none", 3)])

@@ -293,6 +293,17 @@ def test_garbage_is_refused(tmp_path: Path) -> None:
             Pool(Broken(name=name), None).take(0, 0, 4)
 
 
+def test_a_blank_picture_of_real_data_is_no_garbage() -> None:
+    class Blank(Counting):
+        def available(self, label: int) -> int:
+            return 4
+
+        def generate(self, labels: Sequence[int], indices: Sequence[int]) -> Tensor:
+            return torch.zeros_like(super().generate(labels, indices))
+
+    assert not Pool(Blank(), None).take(0, 0, 4).any()
+
+
 def test_two_processes_may_fill_one_folder(tmp_path: Path) -> None:
     """Both start empty and make the same images; equal parts have equal names, unequal ones overlap harmlessly."""
     one, two = Pool(Counting(), tmp_path, batch=4), Pool(Counting(), tmp_path, batch=5)

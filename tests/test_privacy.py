@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -347,6 +348,24 @@ def test_rounds_add_up_by_who_was_drawn() -> None:
     everybody.recall({}, 2)
     always = everybody.release(2)
     assert always["privacy/epsilon"] == always["privacy/epsilon_known"] == privacy.gaussian(4.0, 3, 1e-3)
+
+
+def test_the_epsilons_of_the_page() -> None:
+    """Of each row of its table, by a run's own accountant."""
+    pytest.importorskip("dp_accounting")
+    text = (Path(__file__).parent.parent / "docs" / "privacy-and-robustness.md").read_text()
+    numbers = r"^\| ([\d ]+) \| (\d+) \| (\d+) \| (\d+) \| (\S+).* \| ([\d.]+) \| ([\d.]+) \|$"
+    rows = re.findall(numbers, text, re.M)
+    assert len(rows) == 5
+    for wide, cohort, z, rounds, delta, *said in rows:
+        clients, last = wide.replace(" ", ""), int(rounds) - 1
+        given = [] if "^" in delta else [f"privacy.delta={delta}"]  # else the default
+        size = (f"clients={clients}", f"participation={cohort}", f"rounds={rounds}")
+        config = tiny.config(UNIFORM, *size, f"privacy.noise_multiplier={z}", *given)
+        accountant = Job(config, tiny.data(train=int(clients))).accountant
+        assert accountant is not None
+        accountant.recall({}, last)
+        assert [epsilon(value) for value in accountant.release(last).values()] == said, wide
 
 
 def accounting(z: float, clients: int, cohorts: list[list[int]], samples: list[list[int]] | None = None) -> Accountant:

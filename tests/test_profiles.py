@@ -208,6 +208,20 @@ def test_later_images_of_a_shared_pool_are_others(data: Dataset, two: dict[str, 
     assert max(places[0]) < size and torch.equal(cycles[0], job.images(0, one, 0).x)
 
 
+def test_each_client_has_an_order_of_its_own_in_a_shared_pool(data: Dataset, generator: tuple[str, ...]) -> None:
+    """And another for each class."""
+    job = Job(tiny.config(*generator, "algorithm.name=regl", "algorithm.volume=12", "pool.sharing=shared"), data)
+
+    def order(client: int, label: int) -> tuple[int, ...]:
+        """Places in the pool."""
+        there = marks(job.images.of(client).take(label, 0, 12)).tolist()
+        images = job.images(client, torch.full((4,), 12), 0)
+        return tuple(there.index(mark) for mark in marks(images.x[images.y == label]).tolist())
+
+    orders = [order(client, label) for client in (0, 1) for label in range(4)]
+    assert all(sorted(each) == list(range(12)) for each in orders) and len(set(orders)) == 8
+
+
 def test_a_mistake_in_a_profiles_generator_names_its_section(
     data: Dataset, two: dict[str, object], tmp_path: Path
 ) -> None:
@@ -427,6 +441,14 @@ def test_clients_that_hold_what_the_generator_was_trained_on(
     with pytest.warns(UserWarning, match="clients hold 1 of the 7"):
         _ = Job(config, leaking).source
     _ = Job(config, public).source  # public ones are nobody's
+
+
+@pytest.mark.parametrize("section", ["generator", "generators.constrained"])
+def test_the_key_of_public_images_is_the_datas(section: str, data: Dataset) -> None:
+    """In whichever section the generator is that lacks them."""
+    job = Job(tiny.config("algorithm.name=regl", "algorithm.volume=1", f"{section}.name=public"), data)
+    with pytest.raises(ConfigError, match=r"^data\.public_limit = 0: "):
+        job.generate()
 
 
 def test_public_images_and_a_gaussian_of_them(data: Dataset, tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import html
+import io
 import json
 import os
 import re
@@ -13,21 +15,23 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 from safetensors.numpy import save_file
 
+from fedkeel import cli
 from fedkeel.data.dataset import Dataset
 from fedkeel.errors import DataError, StorageError
 from fedkeel.loop import run
-from fedkeel.report.page import page, write_page
-from fedkeel.report.plots import bubbles, contact, per_class, write_pngs
-from fedkeel.report.runs import methods, read_run, read_runs
+from fedkeel.report.page import _sheet, page, write_page
+from fedkeel.report.plots import accuracy, bubbles, contact, per_class, traffic, write_pngs
+from fedkeel.report.runs import RunData, methods, read_run, read_runs
 from fedkeel.report.table import as_json, as_markdown, as_text, duration, size, summarise
 
 CLASSES = ["cat", '<b>&"dog', "a$b$c", "</script><script>alert(1)</script>"]
@@ -80,6 +84,16 @@ def write_run(
     return folder
 
 
+def add(folder: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Puts these metrics into the records of a run's rounds."""
+    path = folder / "rounds.jsonl"
+    known = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**one, **more}) + "\n" for one, more in zip(known, rows, strict=True)))
+
+
+BALANCED = {"real": [[11, 0, 3, 1], [0, 6, 0, 0]], "fake": [[0, 11, 8, 10], [6, 0, 6, 6]]}
+
+
 @pytest.fixture
 def comparison(tmp_path: Path) -> Path:
     """FedAvg and FBL, two seeds each. FBL has balancing and pictures; FedAvg is unfinished, its second seed has lost a
@@ -92,11 +106,21 @@ def comparison(tmp_path: Path) -> Path:
         file.write('\n{"round": 5, "global/acc')
     for seed in (1, 2):
         folder = write_run(root / f"fbl-seed{seed}", "fbl", "FBL (25%)", seed, [0.7] * 2 + [0.9] * 10)
-        balanced = {"real": [[11, 0, 3, 1], [0, 6, 0, 0]], "fake": [[0, 11, 8, 10], [6, 0, 6, 6]]}
-        (folder / "balanced.json").write_text(json.dumps(balanced))
+        (folder / "balanced.json").write_text(json.dumps(BALANCED))
         pixels = np.random.default_rng(seed).integers(0, 256, (2, 4, 3, 1, 8, 8), np.uint8)
         save_file({"real": pixels[0], "fake": pixels[1]}, folder / "contact.safetensors")
     return root
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> list[RunData]:
+    """One method, of which no two columns have the same number: it is best in the second of three rounds, and so on."""
+    folders = [tmp_path / f"seed{seed}" for seed in (1, 2)]
+    for seed, accuracies in ((1, [0.1, 0.5, 0.3]), (2, [0.2, 0.7, 0.4])):
+        folder = write_run(folders[seed - 1], "fedrep", "FedRep", seed, accuracies)
+        add(folder, [{"personal/accuracy_last": 0.65, "personal/accuracy_best": 0.8}] * 3)
+        (folder / "balanced.json").write_text(json.dumps(BALANCED))
+    return read_runs(folders)
 
 
 def test_numbers_by_hand(comparison: Path) -> None:
@@ -119,11 +143,9 @@ def test_numbers_by_hand(comparison: Path) -> None:
 def test_what_looks_back_over_all_rounds_is_read_at_the_end(tmp_path: Path) -> None:
     """A best so far and the number of evaluations behind it are not averaged over the last ten."""
     folder = write_run(tmp_path / "run", "fedrep", "FedRep", 1, [None] * 4)
-    path = folder / "rounds.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for row, last, best in zip(rows, [0.2, 0.8, 0.4, 0.6], [0.2, 0.8, 0.8, 0.8], strict=True):
-        row |= {"personal/accuracy_last": last, "personal/accuracy_best": best, "personal/evaluations": row["round"]}
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = zip([0.2, 0.8, 0.4, 0.6], [0.2, 0.8, 0.8, 0.8], [1, 2, 3, 4], strict=True)
+    names = ("personal/accuracy_last", "personal/accuracy_best", "personal/evaluations")
+    add(folder, [dict(zip(names, each, strict=True)) for each in values])
     (row,) = summarise(read_runs([folder]))
     found = {name: row.metrics[f"personal/{name}"] for name in ("accuracy_last", "accuracy_best", "evaluations")}
     assert found == pytest.approx({"accuracy_last": 0.5, "accuracy_best": 0.8, "evaluations": 4})
@@ -198,6 +220,30 @@ def test_table_as_text_and_markdown(comparison: Path) -> None:
     assert lines[2].startswith("| FedAvg | 1 | 3 | 30.00 | 50.00 |")
     assert "**90.00 ± 0.00**" in lines[3]
     assert lines[1].count("|") == lines[2].count("|") == lines[3].count("|")
+
+
+def test_each_column_has_its_own_number(uneven: list[RunData]) -> None:
+    """Accuracies: 0.9 / 3 and 1.3 / 3, which deviate by 0.4 / 3 / sqrt(2); at best 0.5 and 0.7, at last 0.3 and 0.4."""
+    rows = summarise(uneven)
+    heads, _, cells = (line.strip("|").split("|") for line in as_markdown(rows).splitlines()[:3])
+    assert {head.strip(): cell.strip() for head, cell in zip(heads, cells, strict=True)} == {
+        "Method": "FedRep", "Seeds": "2", "Rounds": "3", "Accuracy %": "36.67 ± 9.43", "Best": "60.00", "Last": "35.00",
+        "Balanced": "26.67", "Personal, last": "65.00", "Personal, best": "80.00", "Up": "3.0 kB", "Down": "6.0 kB",
+        "Time": "7.5 s",
+    }  # fmt: skip
+    found: Any = as_json(rows)["methods"]
+    names = ("global/accuracy", "std", "best", "last", "bytes/up", "bytes/down", "seconds", "seconds/train")
+    values = [found["fedrep"][name] for name in names]
+    assert values == pytest.approx([0.36667, 0.09428, 0.6, 0.35, 3000, 6000, 7.5, 6], abs=1e-5)
+
+
+def test_the_words_of_a_run_are_its_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedkeel.comparison.publish", lambda *args: None)
+    cli._finish(write_run(tmp_path / "run", "fedavg", "FedAvg", 1, [0.1, 0.5, 0.3]), False)
+    said = "FedAvg: accuracy 30.00 % (mean over the last 10 evaluations; best 50.00, last 30.00)\n"
+    assert capsys.readouterr().out == said
 
 
 def test_words_for_sizes_and_times() -> None:
@@ -305,6 +351,38 @@ def test_disc_areas_are_counts() -> None:
     discs: Any = bubbles(np.array([[4, 1], [0, 2]]), ["a", "b"]).axes[0].collections[0]
     sizes = discs.get_sizes()
     assert sizes / sizes.max() == pytest.approx([1, 0.25, 0.5])
+
+
+def test_curves_bars_and_discs_have_the_numbers(uneven: list[RunData]) -> None:
+    """On the page and in the pictures. Two seeds that are 0.1, 0.2 and 0.1 apart deviate by that over sqrt(2)."""
+    own = page(uneven)
+    drawn = json.loads(own.partition('id="figures">')[2].partition("</script>")[0])
+    line = drawn["curve global/accuracy"]["data"][-1]
+    assert line["x"] == [1, 2, 3] and line["y"] == pytest.approx([15, 60, 35])
+    assert line["customdata"] == pytest.approx([7.0711, 14.1421, 7.0711])
+    assert drawn["classes"]["data"][0]["y"] == pytest.approx([36.67, 37.67, 38.67, 39.67])
+    assert "69 real samples" in own and "21 real and 47 synthetic samples" in own
+    both, real = drawn["holding 1"]["data"]
+    assert both["marker"]["size"] == [11, 11, 11, 6, 6, 6] and real["marker"]["size"] == [11, 3, 1, 6]
+    (curve,) = accuracy(uneven).axes[0].lines
+    assert list(curve.get_ydata()) == pytest.approx([15, 60, 35])  # type: ignore[arg-type]
+    bars: Any = traffic(uneven).axes[0].patches
+    assert [bar.get_width() for bar in bars] == [3000, 6000]
+    bars = per_class(uneven).axes[0].patches
+    assert [bar.get_height() for bar in bars] == pytest.approx([36.67, 37.67, 38.67, 39.67], abs=0.01)
+
+
+def test_real_pictures_are_left_of_synthetic_ones() -> None:
+    black, white = (np.full((1, 2, 1, 8, 8), grey, np.uint8) for grey in (0, 255))
+    (shown,) = contact(black, white, ["a"]).axes[0].images
+    pixels: Any = shown.get_array()
+    middle = pixels.shape[1] // 2
+    assert pixels[:, :middle].min() == 0 and pixels[:, middle:].min() == 255
+    sheet = _sheet(black, white, ["a"])
+    for kind, grey in (("real", 0), ("fake", 255)):
+        coded = sheet.partition(f'<div class="{kind}">')[2].partition("base64,")[2].partition('"')[0]
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(coded))))
+        assert set(pixels[pixels[..., 3] > 0][:, :3].flatten().tolist()) == {grey}, "but for the gaps"
 
 
 def test_page_needs_nothing_from_outside(comparison: Path, tmp_path: Path) -> None:

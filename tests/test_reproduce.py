@@ -28,6 +28,7 @@ from fedkeel import cli
 from fedkeel.config import load, parse
 from fedkeel.errors import ConfigError, RunError
 from fedkeel.files import locked
+from fedkeel.local import Worker
 from fedkeel.reproduce import cells, command, shown, tables
 from fedkeel.reproduce.cells import Outcome, path_of, read, reproduce
 from fedkeel.reproduce.tables import Cell, experiment
@@ -153,6 +154,32 @@ def test_a_cell_has_all_that_a_table_and_a_repetition_need(tiny: Files, tmp_path
     left = {path.name for path in run.iterdir()}
     assert left >= {"config.toml", "manifest.json", "rounds.jsonl", "model.safetensors"}
     assert not left & {"checkpoint", "clients", "shelf", cells.SPENT, cells.FAILED}
+
+
+def test_a_cell_adds_up_what_its_rounds_took(tiny: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps, bytes and lost updates of all rounds. The best of personal models is the last one, what they and classes
+    reach in a round a mean."""
+    tiny["base"] = {**BASE, "rounds": 3, "personal": {"every": 1, "measure": "always", "epochs": 0}}
+    anew()
+    fit = Worker.fit
+
+    def loses(self: Worker, server: Any, client: int, *rest: Any, **more: Any) -> Any:
+        reply = fit(self, server, client, *rest, **more)
+        return replace(reply, update=None, failure="lost") if (server.round, client) == (1, 2) else reply
+
+    monkeypatch.setattr(Worker, "fit", loses)
+    (outcome,) = reproduce(plan(["avg"], ["a"]), tmp_path)
+    lines = (cells.run_of(outcome.cell, tmp_path) / "rounds.jsonl").read_text().splitlines()
+    rounds, found = [json.loads(line) for line in lines], outcome.found
+    assert found is not None and found["failed"] == 1
+    assert found["steps"] == sum(each["train/steps"] for each in rounds)
+    assert found["bytes"] == {way: sum(each[f"bytes/{way}"] for each in rounds) for way in ("up", "down")}
+    best, last = ([each[f"personal/accuracy_{which}"] for each in rounds] for which in ("best", "last"))
+    assert len(set(best)) > 1 and len(set(last)) > 1, "else this shows nothing"
+    assert found["headline"]["personal/accuracy_best"] == pytest.approx(best[-1], abs=1e-5)
+    assert found["headline"]["personal/accuracy_last"] == pytest.approx(fmean(last), abs=1e-5)
+    means = {name: fmean(each[f"global/class/{name}"] for each in rounds) for name in found["classes"]}
+    assert found["classes"] == pytest.approx(means, abs=1e-5)
 
 
 def test_only_missing_cells_are_run(tiny: Files, tmp_path: Path, ran: list[str]) -> None:
@@ -488,13 +515,14 @@ def test_cells_of_other_data_are_never_mixed_in(tiny: Files) -> None:
     """Most cells of a column decide; the key has no images."""
     outcomes = [made(cell, 0.5) for cell in command.plan(["tiny"], "reduced")]
     names = [outcome.cell.name for outcome in outcomes]
-    at = names.index("avg--a--seed2")
-    outcomes[at] = made(outcomes[at].cell, 0.9, data={"name": "tiny", "fingerprint": "0123456789abcdef"})
-    found = shown.show(experiment("tiny"), "reduced", outcomes)
-    assert found.spots["avg", "a"].stale == (2,) and found.spots["avg", "a"].mean == 50
-    assert [text.partition(": ")[2] for text in found.stale] == [
-        "run with other data than most cells of its column, 0123456789ab: remove its file, and it is run again"
-    ]
+    for name in ("avg--a--seed1", "avg--a--seed2"):  # the first of its column, and another
+        mixed, at = list(outcomes), names.index(name)
+        mixed[at] = made(mixed[at].cell, 0.9, data={"name": "tiny", "fingerprint": "0123456789abcdef"})
+        found = shown.show(experiment("tiny"), "reduced", mixed)
+        assert found.spots["avg", "a"].stale == (mixed[at].cell.seed,) and found.spots["avg", "a"].mean == 50
+        assert [text.partition(": ")[2] for text in found.stale] == [
+            "run with other data than most cells of its column, 0123456789ab: remove its file, and it is run again"
+        ]
 
 
 def test_cells_of_another_generator_are_never_mixed_in(tiny: Files) -> None:
@@ -553,6 +581,15 @@ def test_pairs_are_counted_on_the_seeds_that_both_have(tiny: Files) -> None:
     assert shown.show(experiment("tiny"), "reduced", outcomes).order == {"a": (1, 1)}
     none = [each for each in outcomes if (each.cell.row.key, each.cell.seed) != ("avg", 1)]
     assert shown.show(experiment("tiny"), "reduced", none).order == {}
+
+
+@pytest.mark.parametrize("marked", ["avg", "prox"])
+def test_a_marked_number_is_in_no_pair(tiny: Files, marked: str) -> None:
+    tiny["tiny"]["marks"] = {f"{marked}.a": "beyond belief"}
+    anew()
+    values = {"avg": 0.5, "prox": 0.6, "own": 0.7}
+    outcomes = [made(cell, values[cell.row.key]) for cell in command.plan(["tiny"], "reduced", columns=["a"])]
+    assert shown.show(experiment("tiny"), "reduced", outcomes).order == {}
 
 
 def test_a_column_like_another_need_not_share_its_mark(tiny: Files) -> None:

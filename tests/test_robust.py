@@ -75,6 +75,12 @@ def test_krum_by_hand() -> None:
     assert consensus(Robust(name="multi_krum"), line) == pytest.approx([0.5])  # m = n - f - 2 = 2
 
 
+def test_krum_goes_by_squares() -> None:
+    """At 0, 1, 6, 9, 13 with f = 1 the one at 9 has 3^2 + 4^2 = 25, that at 1 has 1^2 + 5^2 = 26; by distances that are
+    not squared they have 7 and 6."""
+    assert robust.krum([torch.tensor([at]) for at in (0.0, 1.0, 6.0, 9.0, 13.0)], 1) == [3, 1, 2, 0, 4]
+
+
 def test_krum_of_equal_scores_is_the_first() -> None:
     assert robust.krum([torch.ones(3) for _ in range(5)], 1) == [0, 1, 2, 3, 4]
 

@@ -156,6 +156,8 @@ def test_a_class_that_the_federation_does_not_have(tmp_path):
     place = folder(tmp_path, "train", ["dogs"])
     with pytest.raises(DataError, match=r"class 'dogs' is none of the federation's, which are cat, dog, fox\. Did you"):
         load(place, TARGET)
+    accented = replace(TARGET, classes=("caf\u00e9", "dog", "fox"))  # one letter, and a letter with an accent
+    assert load(folder(tmp_path / "macos", "train", ["cafe\u0301"]), accented).train_y.unique().tolist() == [0]
     parquet(tmp_path / "p" / "train.parquet", [0, 1], ["dog", "wolf"])
     with pytest.raises(DataError, match="class 'wolf'"):
         load(str(tmp_path / "p"), TARGET)

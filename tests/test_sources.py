@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,14 @@ def test_parquet_holds_the_pixels(folder: Path) -> None:
     assert data.train_y.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2]
     assert data.train_x.is_contiguous()
     assert data.train_x.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("part", ["train_x", "train_y", "test_x", "test_y", "classes"])
+def test_the_fingerprint_follows_all_that_a_run_sees(part: str, folder: Path) -> None:
+    data = Parquet(dir=str(folder)).load()
+    value = getattr(data, part)
+    other = replace(data, **{part: value[::-1] if part == "classes" else value.flip(0)})  # type: ignore[arg-type]
+    assert other.fingerprint != data.fingerprint == replace(data, name="another").fingerprint
 
 
 def test_image_folder_equals_parquet(folder: Path, tmp_path: Path) -> None:
@@ -450,6 +459,13 @@ def test_arrays_of_classes_that_are_no_words() -> None:
     good = (np.zeros((2, 5, 5), np.uint8), np.array([0, 1]))
     with pytest.raises(DataError, match="classes: 0 is no word; names are wanted, such as '0'"):
         arrays(train=good, test=good, classes=[0, 1])  # type: ignore[list-item]
+
+
+def test_arrays_that_may_not_be_written() -> None:
+    """As from np.frombuffer: PyTorch would warn."""
+    x, y = pictures(4), np.array([0, 1, 1, 0])
+    fixed = np.frombuffer(x.tobytes(), np.uint8).reshape(x.shape)
+    assert torch.equal(arrays(train=(fixed, y), test=(fixed, y)).train_x, arrays(train=(x, y), test=(x, y)).train_x)
 
 
 def test_arrays_that_are_flipped_views() -> None:

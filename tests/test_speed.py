@@ -195,3 +195,9 @@ def test_tables_are_made_between_their_markers(speed: dict[str, ModuleType]) -> 
     assert text.startswith("before\n") and text.endswith("after\n")
     page = (SPEED / "README.md").read_text()
     assert {name for _, name, _ in speed["page"].MARKED.findall(page)} == set(speed["page"].TABLES)
+
+
+def test_the_page_has_the_numbers_of_its_measurements(speed: dict[str, ModuleType]) -> None:
+    """After new ones: `python benchmarks/speed --page`."""
+    page = speed["page"].PAGE.read_text()
+    assert page == speed["page"].filled(page, json.loads((BENCHMARKS / "results" / "speed.json").read_text()))

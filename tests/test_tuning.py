@@ -345,6 +345,13 @@ def test_every_client_has_a_generator_and_images_of_its_own(data: Dataset, flow:
     assert manifest["generator"]["fingerprint"] not in {entry["fingerprint"] for entry in kept}
 
 
+def test_each_client_tunes_by_draws_of_its_own(data: Dataset, flow: Path, tmp_path: Path) -> None:
+    """Also where all have the same images."""
+    job = Job(tuning(flow, tmp_path, "partition.name=global_share", "partition.share=1.0"), data)
+    assert torch.equal(job.samples(0).x, job.samples(1).x)
+    assert job.source_of(0).fingerprint() != job.source_of(1).fingerprint()
+
+
 def test_what_was_tuned_never_crosses(data: Dataset, flow: Path, tmp_path: Path) -> None:
     """Check 11 for FT: bytes, names and what the server holds are FedAvg's."""
     config = tuning(flow, tmp_path)

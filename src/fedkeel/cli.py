@@ -229,6 +229,9 @@ def reproduce(
             "--format", form, f"must be one of {', '.join(command.FORMATS)}", nearest(form, command.FORMATS)
         )
     if not tables:
+        for key, value in (("--rows", rows), ("--columns", columns), ("--seeds", seeds), ("--show", show_only)):
+            if value:
+                raise ConfigError(key, value, "needs a TABLE; without one the tables are listed")
         found = command.overview(folder)
         return _json(found) if as_json else _show(_overview(found))
     planned = command.plan(tables, profile, _words(rows), _words(columns), _numbers("--seeds", seeds))

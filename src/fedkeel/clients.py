@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import weakref
@@ -110,7 +111,7 @@ class ClientStore:
     def collect(self, needed: Set[tuple[int, int]]) -> None:
         """Deletes the files of all versions but `needed`, which checkpoints name from now on, and those in use."""
         if not self._listed:  # the only process that writes here: later on it knows what is there
-            self._files |= set(map(_key, self.folder.glob("*.safetensors")))
+            self._files |= {key for path in self.folder.glob("*.safetensors") if (key := key_of(path)) is not None}
             self._listed = True
         self.named = needed
         for client, version in self._files - needed:
@@ -153,10 +154,10 @@ class ClientStore:
             self._bytes -= _size(state)
 
 
-def _key(path: Path) -> tuple[int, int]:
-    """(client, round) of a file that `ClientStore.file` named."""
-    client, _, version = path.stem.partition("-")
-    return int(client), int(version)
+def key_of(path: Path) -> tuple[int, int] | None:
+    """(client, round) of a file that `ClientStore.file` named; None for one that it did not."""
+    found = re.fullmatch(r"(\d+)-(\d+)", path.stem)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def _unreadable(client: int, version: int, error: Exception) -> CheckpointError:

@@ -20,11 +20,11 @@ from fedkeel.algorithms.base import Algorithm
 from fedkeel.config import NO_NUMBERS, Config, Table, check_algorithm, override, parse, read, spec_parts, with_method
 from fedkeel.data.dataset import Dataset
 from fedkeel.errors import CheckpointError, ConfigError, FedkeelError, RunError, UserError
-from fedkeel.files import write_json
+from fedkeel.files import locked, write_json
 from fedkeel.job import Job, validating
 from fedkeel.loop import Result, run
 from fedkeel.options import flat
-from fedkeel.record import Listener, Record, Silent
+from fedkeel.record import Listener, OnlyWarns, Several
 
 _MARK = ".again"
 """A run's folder with this file in it may be removed by a comparison that starts afresh."""
@@ -72,13 +72,16 @@ def compare(
     Raises UserError before anything runs. From then on a run that fails, for whatever reason, does not keep the others
     from running: RunError at the end names those that failed.
     """
-    folder, listener = Path(folder), _Held(listener or Silent())
+    folder, listener = Path(folder), _Held(listener or OnlyWarns())
     planned = cells(table, specs, seeds, folder, overrides)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError("--dir", str(folder), "must be a folder")
     if (folder / "config.toml").is_file():
         raise CheckpointError(f"{folder} holds a run, whose report would be replaced: choose --dir, or another name")
     if again:
         for mark in folder.glob(f"*/{_MARK}"):
-            shutil.rmtree(mark.parent)
+            with locked(mark.parent, CheckpointError(f"{mark.parent} is being written by another process")):
+                shutil.rmtree(mark.parent)
     fresh = {cell.folder for cell in planned if not _finished(cell)}
     if data is None:
         data = planned[0].config.data.load()  # the same for all cells, loaded once
@@ -120,11 +123,20 @@ def cells(
 ) -> list[Cell]:
     """The runs of a comparison, seed by seed.
 
-    Raises ConfigError for a method that is unknown or named twice, and for options that are none of its methods'.
+    Raises ConfigError for a method that is unknown or named twice, for two that would share a folder, without seeds,
+    and for options that are none of its methods'.
     """
-    doubled = next((spec for at, spec in enumerate(specs) if spec in specs[:at]), None)
+    if isinstance(specs, str):
+        raise ConfigError("algorithms", specs, "must be a list of methods")
+    places = [slug(spec) for spec in specs]
+    doubled = next((spec for at, spec in enumerate(specs) if places[at] in places[:at]), None)
     if not specs or doubled is not None:
-        raise ConfigError("algorithms", doubled or "", "must name methods, each of them once")
+        raise ConfigError("algorithms", doubled or "", "must name methods, each of them once, by names of their own")
+    unnamed = next((spec for spec, place in zip(specs, places, strict=True) if not place), None)
+    if unnamed is not None:
+        raise ConfigError("algorithms", unnamed, "needs a letter from a to z or a digit: folders are named by it")
+    if isinstance(seeds, int) or not seeds or len(set(seeds)) < len(seeds):
+        raise ConfigError("seeds", seeds, "must be a list of numbers, each of them once, and one at least")
     chosen = override(table, overrides)
     check_algorithm(chosen, [spec_parts(spec)[0] for spec in specs], overrides)
     planned = []
@@ -230,28 +242,10 @@ def differing(mine: Config, theirs: Mapping[str, object]) -> list[tuple[str, obj
     return [(key, here.get(key), there.get(key)) for key in {**here, **there} if here.get(key) != there.get(key)]
 
 
-class _Held:
+class _Held(Several):
     """Hands on all that runs tell, but the end only once: the bars of a comparison stay together."""
-
-    def __init__(self, listener: Listener) -> None:
-        self.listener = listener
-
-    def started(self, label: str, rounds: int, done: int) -> None:
-        self.listener.started(label, rounds, done)
-
-    def generating(self, done: int, total: int) -> None:
-        self.listener.generating(done, total)
-
-    def tuning(self, client: int, done: int, total: int) -> None:
-        self.listener.tuning(client, done, total)
-
-    def finished_round(self, record: Record) -> None:
-        self.listener.finished_round(record)
-
-    def warned(self, text: str) -> None:
-        self.listener.warned(text)
 
     def ended(self) -> None: ...
 
     def end(self) -> None:
-        self.listener.ended()
+        super().ended()

@@ -176,6 +176,9 @@ class Config:
             raise ConfigError("participation", self.participation, "a share is at most 1.0; a count is a whole number")
         if isinstance(self.participation, int) and self.participation > self.clients:
             raise ConfigError("participation", self.participation, f"there are {self.clients} clients only")
+        if self.min_replies > self.cohort:
+            allowed = f"at most {self.cohort}, the clients of a round (participation)"
+            raise ConfigError("min_replies", self.min_replies, allowed)
         listed = {
             "profiles.unconstrained_ids": self.profiles.unconstrained_ids,
             "profiles.none_ids": self.profiles.none_ids,
@@ -192,8 +195,9 @@ class Config:
             raise ConfigError(
                 "federation.sites", list(self.federation.sites), f"names {len(self.federation.sites)} of {self.clients}"
             )
-        if not self.name or "/" in self.name or self.name.startswith(".") or not self.name.isprintable():
-            raise ConfigError("name", self.name, "must be a plain folder name")
+        plain = self.name.strip() and "/" not in self.name and not self.name.startswith(".") and self.name.isprintable()
+        if not plain or len(self.name.encode()) > LONGEST:
+            raise ConfigError("name", self.name, f"must be a plain folder name of at most {LONGEST} bytes")
         if self.balance is not None and isinstance(self.algorithm, Over):
             names = [registry.name_of("algorithms", type(thing)) for thing in (self.balance, self.algorithm)]
             raise ConfigError("balance.name", names[0], f"cannot work over {names[1]}, which balances data itself")
@@ -309,6 +313,8 @@ NAMED = {
     "generator": "generators",
 }
 """Sections that name a thing, and its room; the keys of all others are fixed."""
+LONGEST = 200
+"""Of a run's name, in bytes: file systems take 255, and files beside the folder are named after it."""
 NO_NUMBERS = {
     "name", "runs_dir", "runtime", "workers", "lanes", "checkpoint_every",
     "memory", "tensorboard", "mlflow", "pool", "device", "on_failure", "federation", "ray",
@@ -343,11 +349,6 @@ def parse(table: Table, overrides: Sequence[str] = ()) -> Config:
         if section is not None:
             values[key] = _named(key, room, section)
     _profiled(values, merged)
-    balance = values.get("balance")
-    if balance is not None and not isinstance(balance, Over):
-        known = [name for name in registry.names("algorithms") if issubclass(registry.get("algorithms", name), Over)]
-        name = registry.name_of("algorithms", type(balance))
-        raise ConfigError("balance.name", name, f"must be a method that works over another: {', '.join(known)}")
     config = build(Config, values)
     if config.balance is not None and config.algorithm.pooled:
         name = registry.name_of("algorithms", type(config.algorithm))
@@ -361,6 +362,8 @@ def override(table: Table, texts: Sequence[str]) -> dict[str, object]:
     A section's name goes before its other keys: options of another thing do not carry over, those given here are of the
     thing named here. Raises ConfigError.
     """
+    if not isinstance(table, Mapping):
+        raise ConfigError("table", table, "must be a table of tables; fedkeel.read takes a file's name")
     out: dict[str, Any] = copy.deepcopy(dict(table))
     for text in sorted(texts, key=_turn):
         _override(out, text, table)
@@ -386,7 +389,7 @@ def load(path: Path | str) -> dict[str, object]:
     """The tables of a TOML file. Raises ConfigError."""
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_bytes().decode())
     except FileNotFoundError:
         raise ConfigError("CONFIG", str(path), "there is no such file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -497,8 +500,14 @@ def _named(key: str, room: str, section: object) -> object:
         return resolve(section)
     options = dict(section)
     name = options.pop("name", "fedavg" if key == "algorithm" else None)
+    known = registry.names(room)
+    if key == "balance":
+        known = [each for each in known if issubclass(registry.get(room, each), Over)]
+        if isinstance(name, str) and name not in known:
+            allowed = f"must be a method that works over another: {', '.join(known)}"
+            raise ConfigError("balance.name", name, allowed, nearest(name, known))
     if not isinstance(name, str):
-        raise ConfigError(f"{key}.name", name, f"must be one of {', '.join(registry.names(room))}")
+        raise ConfigError(f"{key}.name", name, f"must be one of {', '.join(known)}")
     cls = registry.get(room, name)
     presets = getattr(cls, "presets", {})
     preset = options.pop("preset", None)

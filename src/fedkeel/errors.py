@@ -15,6 +15,8 @@ FedkeelError
 └── RunError                 the run failed; the command line exits with 1
     ├── TooFewClients        fewer usable updates in a round than `min_replies`
     └── UndeclaredField      a method sent something it did not declare
+
+RunWarning is what a run that nobody listens to warns with.
 """
 
 from __future__ import annotations
@@ -108,6 +110,10 @@ class RunError(FedkeelError):
 
 class TooFewClients(RunError):
     """Fewer usable updates in a round than `min_replies`."""
+
+
+class RunWarning(UserWarning):
+    """What one should know of a run that goes on: an option that switches its method off, a client that failed."""
 
 
 class UndeclaredField(RunError):

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,9 @@ from fedkeel.errors import StorageError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial$")
 
 
 def write(path: Path, content: bytes) -> str:
@@ -69,7 +73,24 @@ def locked(folder: Path, refusal: Exception) -> Iterator[None]:
             raise refusal from None
         except OSError as error:  # not every network file system has locks
             raise StorageError(f"cannot lock {folder}: {error.strerror or error}") from error
+        if not _is(folder / ".lock", file.fileno()):  # its holder removed the folder, and another may hold the new one
+            raise refusal
         yield
+
+
+def _is(path: Path, number: int) -> bool:
+    """Whether an open file is what stands at `path`."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(number))
+    except OSError:
+        return False
+
+
+def sweep(folder: Path) -> None:
+    """Removes what `write` left below a folder when its process was killed."""
+    for left in folder.rglob("*.partial"):
+        if _PARTIAL.search(left.name):
+            left.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: object) -> str:

@@ -80,7 +80,8 @@ class Images:
 
     def __call__(self, client: int, counts: Tensor, first: int) -> Samples:
         """counts[c] images of each class c, this client's number `first` and on."""
-        x, y, pool = [], [], self.of(client)
+        x, y = [torch.empty((0, *self.job.data.shape), dtype=torch.uint8)], [torch.empty(0, dtype=torch.int64)]
+        pool = self.of(client)
         most = self.most(client) if self.shared else counts
         for label, count in enumerate(counts.tolist()):
             if count == 0:
@@ -474,6 +475,8 @@ class Job:
                 with heard(self.tell, self._said):
                     source = generator.load(data.classes, data.shape, self.device, data.public)
             except ConfigError as error:  # generators do not know of which section they are
+                if not error.key.startswith("generator"):
+                    raise
                 profiles = [] if self.config.generators is None else self.config.generators.items()
                 section = next((f"generators.{name}" for name, own in profiles if own == generator), "generator")
                 key = section + error.key.removeprefix("generator")
@@ -574,8 +577,10 @@ class Job:
 
     @property
     def tunes(self) -> bool:
-        """Whether personal models are the final one tuned on each client."""
-        return self.method.tunes or self.config.algorithm.tunes
+        """Whether personal models are the final one tuned on each client; a personal method says so itself, whatever
+        balances it."""
+        deciding = self.config.algorithm if self.config.algorithm.kind == "personal" else self.method
+        return deciding.tunes
 
     @property
     def has_global(self) -> bool:

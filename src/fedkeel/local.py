@@ -228,6 +228,9 @@ class Worker:
             raise Absent("nothing to train on in this round")
         if self.training.buffers == "reset":
             self.weights.buffers.copy_(self.initial_buffers)
+            for norm in self._normal:  # with momentum = None a layer's mean is over as many batches as it has counted
+                if norm.num_batches_tracked is not None:
+                    norm.num_batches_tracked.zero_()
         return local, metrics
 
     def finish(self, local: Local, measure: Measure | None, before: Mapping[str, float]) -> Reply:
@@ -494,13 +497,19 @@ def batches(local: Local) -> Iterator[Batch]:
 
 
 def mixed(order: Tensor, fake: Tensor, size: int, ratio: float) -> Tensor:
-    """`order` ([N] sample numbers) changed so that every batch of `size` has a share `ratio` of real samples, at least
-    one of each kind. It is as long as before: samples of the one kind come again, some of the other not at all."""
+    """`order` ([N] sample numbers) changed so that every batch of `size`, and a smaller last one, has a share `ratio`
+    of real samples, and one of each kind at least where it has two. It is as long as before: samples of the one kind
+    come again, some of the other not at all."""
     real, made = order[~fake[order]], order[fake[order]]
-    each = min(max(round(ratio * size), 1), max(size - 1, 1))
-    is_real = torch.arange(len(order)) % size < each
+    is_real = torch.cat([_first(len(part), ratio) for part in torch.split(order, size)])
     number = torch.where(is_real, is_real.cumsum(0), (~is_real).cumsum(0)) - 1
     return torch.where(is_real, real[number % len(real)], made[number % len(made)])
+
+
+def _first(size: int, ratio: float) -> Tensor:
+    """[size] bool: true for the first share of a batch, of which neither part is empty where it has two samples."""
+    share = math.floor(ratio * size + 0.5)
+    return torch.arange(size) < (min(max(share, 1), size - 1) if size > 1 else share)
 
 
 def shuffled(local: Local, number: int, size: int) -> Sequence[Tensor]:

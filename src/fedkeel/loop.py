@@ -25,11 +25,11 @@ from fedkeel.config import Config, read
 from fedkeel.contact import write_sheet
 from fedkeel.data.dataset import Dataset
 from fedkeel.errors import CheckpointError, ConfigError, RunError, StorageError, TooFewClients, UndeclaredField
-from fedkeel.files import locked, write, write_json, write_tensors
+from fedkeel.files import locked, sweep, write, write_json, write_tensors
 from fedkeel.job import Holdings, Job
 from fedkeel.partition.manifest import listed
 from fedkeel.privacy import guarded
-from fedkeel.record import Listener, MLflow, RoundLog, Several, Silent, TensorBoard, headline
+from fedkeel.record import Listener, MLflow, OnlyWarns, RoundLog, Several, TensorBoard, headline
 from fedkeel.records import Reply, Server, Update
 from fedkeel.rng import isolated
 from fedkeel.robust import agreed
@@ -59,7 +59,7 @@ def run(
     config: Config,
     *,
     data: Dataset | None = None,
-    folder: Path | None = None,
+    folder: Path | str | None = None,
     listener: Listener | None = None,
     resume: bool = False,
     label: str = "",
@@ -69,27 +69,53 @@ def run(
     """Runs a configuration to its end.
 
     data: stands in for [data], for arrays from Python. folder: where the run is written (None: nothing is written).
+    listener: is told how it goes; without one warnings are Python's (RunWarning).
     resume: goes on from the last checkpoint in `folder`, or starts when there is none yet. engine: the runtime, in
     place of the one that the configuration names. holdings: stand in for data and partition, at the server of sites.
-    Raises UserError for wrong input, RunError when the run fails; a folder then holds all that was done.
+    Raises UserError for wrong input, RunError when the run fails; a folder then holds all that was done. PyTorch's
+    threads and switches are as before afterwards.
     """
-    torch.set_num_threads(config.threads)
-    if folder is None:
-        return _rounds(Job(config, data, None, holdings), None, listener or Silent(), label, False, engine)
+    for what, value, kind, wanted in (
+        ("config", config, Config, "a Config: fedkeel.read of a file, fedkeel.parse of tables"),
+        ("data", data, Dataset | None, "a Dataset: fedkeel.arrays of arrays"),
+    ):
+        if not isinstance(value, kind):
+            raise ConfigError(what, type(value).__name__, f"must be {wanted}")
+    with _as_before():
+        torch.set_num_threads(config.threads)
+        if folder is not None:
+            return _run(config, data, Path(folder), listener, resume, label, engine, holdings)
+        for key in ("mlflow", "tensorboard"):
+            if getattr(config, key):
+                raise ConfigError(key, getattr(config, key), "needs a folder: run(config, folder=config.folder)")
+        return _rounds(Job(config, data, None, holdings), None, listener or OnlyWarns(), label, False, engine)
+
+
+def _run(
+    config: Config,
+    data: Dataset | None,
+    folder: Path,
+    listener: Listener | None,
+    resume: bool,
+    label: str,
+    engine: Engine | None,
+    holdings: Holdings | None,
+) -> Result:
+    """A run that is written."""
     if not resume and (folder / "config.toml").exists():
         raise ConfigError("name", folder.name, f"{folder} holds a run: resume it, or choose another name")
     if not resume and any(folder.glob("*/config.toml")):
         raise ConfigError("name", folder.name, f"{folder} holds a comparison, or other runs: choose another name")
     with _locked(folder):
-        for left in folder.rglob("*.partial"):  # by a process that was killed
-            left.unlink(missing_ok=True)
+        sweep(folder)
         job = Job(config, data, folder, holdings)
         return _rounds(job, folder, _trackers(config, folder, listener), label, resume, engine)
 
 
-def resume(folder: Path, *, data: Dataset | None = None, listener: Listener | None = None) -> Result:
+def resume(folder: Path | str, *, data: Dataset | None = None, listener: Listener | None = None) -> Result:
     """Goes on with a run where it stopped. Raises CheckpointError when there is none, or one that is done and whose
     checkpoint was removed: it would begin anew, and what is there be lost."""
+    folder = Path(folder)
     if not (folder / "config.toml").is_file():
         raise CheckpointError(f"{folder} holds no run (no config.toml)")
     if (folder / "model.safetensors").is_file() and not (folder / "checkpoint").is_dir():
@@ -203,7 +229,7 @@ def one_round(job: Job, runtime: Runtime, server: Server, accepted: dict[int, in
             after = job.method.aggregate(replace(server, lab=lab, samples=job.total), round_)
         after = _apart(after, job.worker.weights)
     round_.drain()
-    _enough(config, number, round_)
+    _enough(config, number, len(cohort), round_)
     if set(after.shared) != set(server.shared):
         raise UndeclaredField(
             f"aggregate shares {sorted(after.shared)}; `server_state` declares {sorted(server.shared)}"
@@ -364,15 +390,14 @@ def _writable(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
-def _enough(config: Config, number: int, incoming: Incoming) -> None:
+def _enough(config: Config, number: int, asked: int, incoming: Incoming) -> None:
     reasons = "; ".join(f"client {entry['client']}: {entry['reason']}" for entry in incoming.failed)
     error: RunError | None = None
     if incoming.failed and config.on_failure == "stop":
         error = RunError(f"round {number + 1}: {reasons} (on_failure = 'stop')")
-    elif len(incoming.done) < config.min_replies:
-        error = TooFewClients(
-            f"round {number + 1}: {len(incoming.done)} usable updates, min_replies = {config.min_replies}: {reasons}"
-        )
+    elif len(incoming.done) < min(config.min_replies, asked):  # a pooled method has one client
+        told = f"round {number + 1}: {len(incoming.done)} usable updates, min_replies = {config.min_replies}"
+        error = TooFewClients(": ".join(filter(None, [told, reasons])))
     if error is None:
         return
     error.record = {"round": number + 1, **incoming.record()}
@@ -539,13 +564,25 @@ def _table(path: Path) -> dict[str, Any]:
     return table if isinstance(table, dict) else {}
 
 
+@contextmanager
+def _as_before() -> Iterator[None]:
+    """What a run switches in PyTorch, for the whole process, is as before when it ends."""
+    cudnn, matmul, threads = torch.backends.cudnn, torch.backends.cuda.matmul, torch.get_num_threads()
+    switches = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = switches
+
+
 def _own(layout: Layout) -> set[str]:
     """Names that stay on clients, which the global model does not have."""
     return {*layout.own_counters, *(entry.name for entry in layout.entries if entry.own)}
 
 
 def _trackers(config: Config, folder: Path, listener: Listener | None) -> Listener:
-    listeners: list[Listener] = [listener or Silent()]
+    listeners: list[Listener] = [listener or OnlyWarns()]
     if config.mlflow:  # first: it may refuse, and then nothing is written
         listeners.append(MLflow(config, folder, listeners[0].warned))
     if config.tensorboard:

@@ -148,6 +148,7 @@ def curve_of(
     if job.tunes:
         local.samples = tuning_samples(job, local)
         local.lr, local.batch_size = options.lr, options.batch
+        local.real_ratio = None  # of training's batches: an epoch of tuning is a pass over all
         local.velocity = torch.empty(0)  # the tuning's own begins at zero, also where that of training lasts
         training = Training(
             lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay, optimiser="keep"

@@ -6,13 +6,14 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fedkeel.errors import CheckpointError, ConfigError, MissingExtra, StorageError
+from fedkeel.errors import CheckpointError, ConfigError, MissingExtra, RunWarning, StorageError
 from fedkeel.files import write, write_json
 from fedkeel.options import flat
 
@@ -110,6 +111,13 @@ class Silent:
     def ended(self) -> None: ...
 
 
+class OnlyWarns(Silent):
+    """Says nothing but warnings, as Python's: the listener of a run from Python that names none."""
+
+    def warned(self, text: str) -> None:
+        warnings.warn(text, RunWarning, stacklevel=2)
+
+
 class Console:
     """A progress bar with live accuracy and the time left; `bars` shared by the runs of a comparison."""
 
@@ -161,7 +169,7 @@ class Console:
         self.bars.stop()
 
 
-class TensorBoard:
+class TensorBoard(Silent):
     """Events for TensorBoard, in the run's folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -175,10 +183,6 @@ class TensorBoard:
     def started(self, label: str, rounds: int, done: int) -> None:
         self.writer = self.begin(purge_step=done + 1)  # what a stopped run wrote after its checkpoint goes
 
-    def generating(self, done: int, total: int) -> None: ...
-    def tuning(self, client: int, done: int, total: int) -> None: ...
-    def warned(self, text: str) -> None: ...
-
     def finished_round(self, record: Record) -> None:
         for name, value in _scalars(record).items():
             self.writer.add_scalar(name, value, record["round"])
@@ -188,7 +192,7 @@ class TensorBoard:
             self.writer.close()
 
 
-class MLflow:
+class MLflow(Silent):
     """Metrics and configuration for MLflow, at the tracking address the user gave; nothing is sent elsewhere.
 
     A run that is resumed goes on in the same MLflow run, which `mlflow.json` in its folder names. A tracker that cannot
@@ -233,10 +237,6 @@ class MLflow:
         for first in range(0, len(options), 100):  # as many as it takes at once
             client.log_batch(self.run, params=options[first : first + 100])
         write_json(self.note, {"run_id": self.run})
-
-    def generating(self, done: int, total: int) -> None: ...
-    def tuning(self, client: int, done: int, total: int) -> None: ...
-    def warned(self, text: str) -> None: ...
 
     def finished_round(self, record: Record) -> None:
         self.done, now = record["round"], int(1000 * time.time())

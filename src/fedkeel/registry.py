@@ -32,7 +32,10 @@ _scanned: set[str] = set()
 
 
 def register(room: str, name: str) -> Callable[[T], T]:
-    """Class decorator: the class is known as `name` in `room`. Raises UserError when another class has that name."""
+    """Class decorator: the class is known as `name` in `room`. Raises UnknownName for a room that there is not, and
+    UserError when another class has that name."""
+    if room not in PACKAGES:
+        raise UnknownName("rooms", room, PACKAGES)
 
     def decorate(cls: T) -> T:
         known = _things[room].get(name)
@@ -69,9 +72,12 @@ def names(room: str) -> list[str]:
 
 
 def name_of(room: str, thing: type) -> str:
-    """The name under which a class is registered."""
+    """The name under which a class is registered. Raises UserError for one that is not."""
     _scan(room)
-    return next(name for name, cls in _things[room].items() if cls is thing)
+    found = next((name for name, cls in _things[room].items() if cls is thing), None)
+    if found is None:
+        raise UserError(f"{room}: {thing.__qualname__} has no name; give it one by fedkeel.register({room!r}, name)")
+    return found
 
 
 def _scan(room: str) -> None:

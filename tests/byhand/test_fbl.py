@@ -1,6 +1,7 @@
 """FBL against the sixteen numeric checks of its reading and every option's own meaning (Li, Xu et al. 2026)."""
 
 from dataclasses import replace
+from math import log
 
 import pytest
 import torch
@@ -63,6 +64,13 @@ def prepared(one: Bed, k: int = 0, number: int = 0) -> Samples:
     """What client k trains on in round `number`."""
     local = one.worker.open(replace(one.server, round=number), k, one.states.get(k))
     return one.method.prepare(local)
+
+
+def two_cycles(method: FBL, counts: list[int]) -> tuple[Bed, torch.Tensor, torch.Tensor]:
+    """The real samples kept in rounds 0 and 1; the network is left as received in the latter."""
+    one = bed(replace(method, period=1), [counts])
+    one.round()
+    return one, one.states[0]["mine.kept"], prepared(one, number=1).real.index
 
 
 # the balance point, checks 1 to 5 and 13 ----------------------------------------------------------------------------
@@ -199,6 +207,41 @@ def test_what_replay_may_no_longer_keep_is_replaced(shortage, size, common):
     kept = replay(pool, last, torch.rand(135), 100, 1.0, shortage=shortage, rng=torch.Generator())
     assert len(kept.unique()) == len(kept) == size
     assert int(torch.isin(kept, last).sum()) == common
+
+
+@pytest.mark.parametrize(("gamma", "common"), [(0.1, 1), (0.7, 7), (0.9, 9)])
+def test_gamma_of_each_class_returns(gamma, common):
+    """B = 10 of 30 in each of two classes, so there are new ones enough."""
+    one, first, second = two_cycles(FBL(carry=gamma), [30, 30, 0, 0, 0, 0])
+    returned = second[torch.isin(second, first)]
+    assert one.data[0].y[second].bincount().tolist() == [10, 10]
+    assert one.data[0].y[returned].bincount().tolist() == [common, common]
+
+
+@pytest.mark.parametrize(
+    ("shortage", "size", "common"), [("fill_from_old", 8, 4), ("shrink", 5, 1), ("with_replacement", 8, 1)]
+)
+def test_shortage(shortage, size, common):
+    """B = 8 of 12: one returns, and of the seven that should come in there are four."""
+    one, first, second = two_cycles(FBL(carry=0.1, shortage=shortage), [12, 6, 6])
+    first, second = (kept[one.data[0].y[kept] == 0] for kept in (first, second))
+    assert (len(second), int(torch.isin(second, first).sum())) == (size, common)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "old", "new"), [("loss", "loss", "low_loss"), ("loss", "low_loss", "loss"), ("low_loss", "loss", None)]
+)
+def test_each_part_has_its_own_ranking(sampling, old, new):
+    """F-12: of B = 10 five return by one rule and five come in by the other, which by default is that of sampling."""
+    method = FBL(sampling=sampling, replay_old=old, replay_new=new, carry=0.5)
+    one, first, second = two_cycles(method, [40, 0, 0, 0])
+    with torch.no_grad():
+        logits = one.worker.model.eval()(one.data[0].x.float())
+        loss = nn.functional.cross_entropy(logits, one.data[0].y, reduction="none")
+    others, goal = torch.tensor(sorted(set(range(40)) - set(first.tolist()))), []
+    for pool, rule in ((first, old), (others, new or sampling)):
+        goal += pool[loss[pool].argsort(descending=rule == "loss", stable=True)[:5]].tolist()
+    assert second.tolist() == sorted(goal)
 
 
 def test_random_choices_without_carry_pass_nobody_over():
@@ -379,11 +422,13 @@ def test_the_first_step_without_drop():
         assert torch.allclose(local.model.offset.weight.grad[label], expected, atol=1e-7)
 
 
-def test_an_offset_step_by_hand():
+@pytest.mark.parametrize(("start", "step"), [(0.0, 1 / 2), (log(3) / 2, 1 / 4)])
+def test_an_offset_step_by_hand(start, step):
     """Check 12: H = identity on R^2, f = 0, y = 0: softmax (1/2, 1/2), dL/dP = (-1/2, 1/2), P = (1/2, -1/2).
 
     A round of one step: the client has two samples of class 1, keeps one and fills class 0 with one, so the loss is a
     mean over two and the learning rate is 2 where the check has 1. Class 1 has no synthetic sample and no step.
+    From P = (log 3 / 2, -log 3 / 2): softmax (3/4, 1/4), and P grows by (1/4, -1/4). Weight decay is not for offsets.
     """
     head = nn.Linear(2, 2)
     with torch.no_grad():
@@ -396,12 +441,13 @@ def test_an_offset_step_by_hand():
         model=Split(features, head, 2),
         data=[client([0, 2])],
         classes=2,
-        training=Training(epochs=1, batch=2, lr=2.0),
+        training=Training(epochs=1, batch=2, lr=2.0, weight_decay=0.1),
         images=images,
     )
+    one.worker.initial_own = torch.tensor([start, -start, 0.0, 0.0])
     one.round()
     assert one.replies[0].steps == 1
-    assert one.states[0]["own"].tolist() == pytest.approx([0.5, -0.5, 0.0, 0.0])
+    assert one.states[0]["own"].tolist() == pytest.approx([start + step, -start - step, 0.0, 0.0])
 
 
 @pytest.mark.parametrize("kind", ["exact", "bernoulli"])
@@ -511,10 +557,13 @@ def test_shared_offsets_cannot_start_anew():
 
 
 def test_generated_images_stay_the_same_or_are_renewed():
+    """Two of each class, which say their numbers: in the next cycle the same two, or the two that follow."""
     once, renewed = (bed(FBL(refresh=how, period=10), [[8, 0, 0, 0]]) for how in ("once", "every_cycle"))
     for one, same in ((once, True), (renewed, False)):
         first, later = prepared(one, number=0), prepared(one, number=10)
         assert torch.equal(first.x[first.fake], later.x[later.fake]) == same
+        numbers = [set(each.x[each.fake, 0, 0, 2].tolist()) for each in (first, later)]
+        assert numbers == [{0, 1}, {0, 1} if same else {2, 3}]
 
 
 def test_batchnorm_apart_keeps_only_the_statistics_of_real_samples():

@@ -201,6 +201,24 @@ def test_after_beta_critical_parameters_are_private():
     one.round([1])
 
 
+def test_changes_are_counted_from_the_clients_own_start():
+    """Round 2 starts from a merged model, not from the one received: marked is the upper half of |(w - start) w|."""
+    one = bed(FedCAC(beta=5))
+    one.round()
+    for k in range(3):
+        local = one.worker.open(one.server, k, one.states[k], one.method.mail(one.server, k))
+        one.method.start(local)
+        start = local.params.clone()
+        assert not torch.equal(start, one.server.params)
+        local.params.add_(torch.randn(len(start), generator=torch.Generator().manual_seed(k)))  # what training does
+        found = unpacked(one.method.upload(local).extra["marks"], len(start))
+        value = ((local.params - start) * local.params).abs()
+        for entry in local.layout.entries:
+            span = slice(entry.start, entry.start + entry.size)
+            best = value[span].argsort(descending=True)[: entry.size // 2]
+            assert torch.nonzero(found[span])[:, 0].tolist() == best.sort().values.tolist()
+
+
 @pytest.mark.parametrize("beta", [1, 5])
 def test_without_critical_parameters_it_is_fedavg_bit_for_bit(beta):
     cac, avg = bed(FedCAC(tau=0.0, beta=beta)), bed(Algorithm())

@@ -137,16 +137,18 @@ def test_groups_are_near_equal_and_bounded():
 
 
 def test_later_groups_are_not_looked_at():
-    """One group at a time: the first of two singles sees nobody, so it takes its lowest loss."""
+    """One group at a time: the first of two singles sees nobody, so it takes its lowest loss, 3. If it saw the second's
+    newest model, far beyond its older one, it would take that."""
     bed = bed_of(FedCDA(kept=2, groups=2, warmup=1))
     fed(bed, {0: (5.0, 1.0), 1: (0.0, 1.0)})
     order = [group[0] for group in bed.method.split([0, 1], bed.server.lab.streams("groups"))]
     first, second = order
-    fed(bed, {first: (3.0, 0.5), second: (100.0, 0.0)} if first == 0 else {second: (100.0, 0.0), first: (3.0, 0.5)})
     old = {0: 5.0, 1: 0.0}
+    far = 100.0 if old[first] > 3 else -100.0
+    fed(bed, {k: (3.0, 0.5) if k == first else (far, 0.0) for k in (0, 1)})
     picked = dict(enumerate(chosen(bed)))
     assert picked[first] == pytest.approx(3.0)  # lower loss, nothing else counts
-    assert picked[second] == pytest.approx(old[second])  # far nearer to 3 than 100 is
+    assert picked[second] == pytest.approx(old[second])  # far nearer to 3 than +-100 is
 
 
 def test_both_terms_are_reported():

@@ -118,15 +118,16 @@ def test_the_vector_is_trained_and_used_but_never_sent():
 
 
 def test_the_vectors_step_is_plain_sgd_without_decay():
-    """v' = v - lr * dCE/dv: the regulariser is on features before the vector."""
+    """v' = v - lr * dCE/dv, from zero and from where that led: the regulariser is on features before the vector."""
     one = bed(FedDBE(kappa=50.0), lr=0.1, batch=8, weight_decay=0.5)
     one.round()
-    local = one.worker.open(one.server, 0, one.states[0])
-    batch, vector = whole(local), torch.zeros(4, requires_grad=True)
-    cross_entropy(local.model.head(local.model.features(batch.x) + vector), batch.y).backward()
-    one.round([0])
-    assert torch.allclose(one.replies[0].state["own"], -0.1 * vector.grad, atol=1e-6)
-    assert vector.grad.any()
+    for start in (False, True):
+        local, vector = one.worker.open(one.server, 0, one.states[0]), one.states[0]["own"].clone().requires_grad_()
+        batch = whole(local)
+        cross_entropy(local.model.head(local.model.features(batch.x) + vector), batch.y).backward()
+        one.round([0])
+        assert torch.allclose(one.replies[0].state["own"], vector.detach() - 0.1 * vector.grad, atol=1e-6)
+        assert vector.any() == start and vector.grad.any()
 
 
 def test_traffic():

@@ -52,11 +52,13 @@ def test_solved_exactly_the_dual_is_the_gradient():
     assert duals(bed) == pytest.approx([bed.y(0), 2 * (bed.y(1) - 3)], abs=1e-5)
 
 
-def test_partial_participation_divides_h_by_all_clients():
-    bed = Bed(FedDynQ(alpha=1.0), training=EXACT)
+@pytest.mark.parametrize(("denominator", "x"), [("participants", 0.25), ("all", 0.5)])
+def test_partial_participation_divides_h_by_all_clients(denominator, x):
+    """theta_1 = 0.5, a step of -0.5, and h = 0.5 / 2. theta = 0.5 - h, or with half of the step 1 - 0.25 - h."""
+    bed = Bed(FedDynQ(alpha=1.0, denominator=denominator), training=EXACT)
     bed.round([0])
     assert duals(bed) == pytest.approx([0.5, 0.0])
-    assert (h(bed), bed.x) == pytest.approx((0.25, 0.25))
+    assert (h(bed), bed.x) == pytest.approx((0.25, x))
 
 
 PATTERNS = [[[0], [1], [0, 1]], [[1], [1], [0]], [[0, 1], [0], [0, 1], [1]]]

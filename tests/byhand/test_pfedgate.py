@@ -1,5 +1,7 @@
 """pFedGate: blocks, budget, gradients of the gate (Chen et al. 2023)."""
 
+from itertools import chain
+
 import pytest
 import tiny
 import torch
@@ -96,6 +98,14 @@ def test_what_is_kept_is_within_the_budget(sparsity):
     if sparsity == 0.5:
         kept = sum(b[2].stop - b[2].start for i, b in enumerate(blocks(model)) if taken[i])
         assert kept / sum(map(sum, model.blocks.values())) == pytest.approx(0.5, abs=0.06)
+
+
+def test_many_blocks_fill_the_same_share():
+    """The first of 25 blocks is a 25th; scores have a tenth as their least, which is no part of the budget."""
+    model = PFedGate(input_size=8, split=25).build(MLP(hidden=(50,)).build((1, 10, 10), 4))
+    taken = model.taken(torch.rand(len(blocks(model)), generator=torch.Generator().manual_seed(0)).clamp(min=0.1))
+    kept = sum(size for size, on in zip(chain(*model.blocks.values()), taken.tolist(), strict=True) if on)
+    assert kept / sum(map(sum, model.blocks.values())) == pytest.approx(0.5, abs=0.03)
 
 
 def test_greedy_choice_by_hand():

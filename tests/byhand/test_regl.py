@@ -16,7 +16,7 @@ from fedkeel.algorithms.moon import Moon
 from fedkeel.algorithms.regl import ReGL
 from fedkeel.algorithms.scaffold import Scaffold
 from fedkeel.errors import ConfigError
-from fedkeel.local import Training, batches
+from fedkeel.local import Training, batches, mixed
 from fedkeel.options import build
 from fedkeel.partition.single_class import SingleClass
 from fedkeel.personal import Personal, tuning_samples
@@ -147,6 +147,14 @@ def test_a_share_of_real_samples_in_each_batch(ratio, real):
     local = plain.worker.open(plain.server, 0, None)
     local.samples = plain.method.prepare(local)
     assert torch.cat([batch.index[~batch.fake] for batch in batches(local)]).sort().values.tolist() == list(range(12))
+
+
+@pytest.mark.parametrize(("batch", "found"), [(64, [(12, 24)]), (20, [(10, 20), (2, 4)]), (23, [(12, 23), (1, 1)])])
+def test_a_share_of_real_samples_in_smaller_batches(batch, found):
+    """The last batch, or the only one, has its own share; one of a single sample has it of the nearer kind."""
+    order, fake = torch.arange(24), torch.arange(24) >= 12
+    parts = torch.split(mixed(order, fake, batch, 0.5), batch)
+    assert [(int((~fake[part]).sum()), len(part)) for part in parts] == found
 
 
 def test_no_share_where_there_is_one_kind_only():

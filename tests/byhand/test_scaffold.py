@@ -41,10 +41,19 @@ def test_the_limit_is_the_true_optimum():
     assert bed.x == pytest.approx(2.0, abs=1e-5)
 
 
-def test_partial_participation_divides_c_by_all_clients():
-    bed = Bed(ScaffoldQ())
+def test_the_servers_learning_rate():
+    """1 + 0.5 (1.265 - 1); c does not depend on it."""
+    bed = Bed(ScaffoldQ(server_lr=0.5))
+    bed.round()
+    assert (bed.x, bed.server.shared["c"].item()) == pytest.approx((1.1325, -1.325))
+
+
+@pytest.mark.parametrize(("denominator", "x"), [("participants", 0.81), ("all", 0.905)])
+def test_partial_participation_divides_c_by_all_clients(denominator, x):
+    """The step of -0.19 only where it is asked for: 1 - 0.19 / 2."""
+    bed = Bed(ScaffoldQ(denominator=denominator))
     bed.round([0])
-    assert (bed.x, bed.server.shared["c"].item()) == pytest.approx((0.81, 0.475))
+    assert (bed.x, bed.server.shared["c"].item()) == pytest.approx((x, 0.475))
     assert variates(bed) == pytest.approx([0.95, 0.0])
 
 

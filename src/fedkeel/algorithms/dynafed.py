@@ -15,7 +15,8 @@ images in three passes; in tuning they are those of the images.
 Departures: clients keep no optimiser and run SGD, as everywhere here (the code has Adam, kept across rounds).
 `proxy_resolution` makes the images smaller than the clients', for networks that take any size: unrolling at 224 pixels
 is out of reach. They go through the network as they are, so that it is tuned at one size and measured at another: such
-a row is a lower bound, and the size must be reported with it.
+a row is a lower bound, and the size must be reported with it. On CUDA the gradients of the augmentation (`grid_sample`
+and `gather`) add up in any order: a run repeats its numbers on the CPU only.
 
 What crosses: as FedAvg. Nothing stays on clients; the server keeps L models until it has the images.
 """

@@ -166,15 +166,17 @@ class FedAMP(Algorithm):
         (average,) = mean(models())
         table = sorted(versions.items())
         shelf.retain(set(table))
-        known, old = [k for k, _ in table], server.private.get("likeness", torch.empty(0)).cpu()
+        place = {k: at for at, (k, _) in enumerate(table)}
         likeness = torch.zeros(len(table), len(table))
-        for i, k in enumerate(known):
-            for j, other in enumerate(known[:i]):
-                if k in changed or other in changed:
-                    one, two = (shelf.get(each, versions[each])["w"].to(device) for each in (k, other))
+        if former:
+            places = torch.tensor([place[k] for k in former])
+            likeness[places[:, None], places] = server.private["likeness"].cpu()
+        for k in sorted(changed):  # only what they are part of is new
+            for other in place:
+                if other != k and not (other in changed and other < k):
+                    one, two = (shelf.get(each, versions[each])["w"].to(device) for each in sorted((k, other))[::-1])
+                    i, j = place[k], place[other]
                     likeness[i, j] = likeness[j, i] = self.compare(one, two)
-                else:
-                    likeness[i, j] = likeness[j, i] = old[former.index(k), former.index(other)]
         private = {"shelf": torch.tensor(table), "likeness": likeness, "first": first}
         return replace(server, params=average, private=private)
 

@@ -6,6 +6,7 @@ Wang, Xu, Li, Xu, Li, Zhang: FedCDA: Federated Learning with Cross-round Diverge
 What the paper leaves open is read as: a client that was never drawn is left out of the mean until it has a model; a
 client with fewer than K models chooses among those; losses are those reported with a model, never measured anew; groups
 differ by at most one in size; during warm-up aggregation is FedAvg's and a participant's newest model its chosen one.
+The average of chosen models is a plain one, as printed: `weights` and `denominator` count during the warm-up only.
 
 Departures: where a group would have more than 4096 combinations to try, there are more groups than asked for. BatchNorm
 statistics are no part of the choice; they are averaged as the chosen models are (`local.bn_var` does not apply).

@@ -19,8 +19,9 @@ clipped number (authors' code: the factor is not clipped), and straight-through 
 taken, which otherwise could not come back. A batch of one image uses the gate's running statistics. Gate and network
 always step together (the authors' `bi_level = 0`), with one schedule; `local.clip = 10` clips both gradients jointly,
 where the authors clip each at 10. Beside the first blocks, a share s - 1 / split of all parameters may be taken, so
-that s of them are used (0.5 at s = 0.5, 5 blocks); in the authors' code it is a share of the other blocks only (0.3 *
-0.8 + 0.2 = 0.44). Their averages are over all clients by default (here `denominator = "all"`, with absent ones
+that s of them are used at most, less by what no block fits into (with 5 blocks a large tensor's is a fifth of it: 0.41
+of the network `cnn` at s = 0.5); in the authors' code it is a share of the other blocks only (0.3 * 0.8 + 0.2 = 0.44).
+Their averages are over all clients by default (here `denominator = "all"`, with absent ones
 unchanged).
 
 What crosses: as FedAvg; an update is dense here, though a client that always takes the same blocks would change a share
@@ -61,7 +62,11 @@ class PFedGate(Algorithm):
     has_global: ClassVar[bool] = False
 
     sparsity: float = option(
-        0.5, "share of the parameters that a client uses (s), at least 1 / split", gt=0, le=1, grid=(0.3, 0.5, 1.0)
+        0.5,
+        "share of the parameters that a client uses at most (s), at least 1 / split",
+        gt=0,
+        le=1,
+        grid=(0.3, 0.5, 1.0),
     )
     split: int = option(5, "blocks of each parameter tensor", ge=2)
     gate_lr: float = option(1.0, "learning rate of the gate as a factor of the model's", ge=0, grid=(0.3, 1.0, 3.0))
@@ -85,7 +90,7 @@ class Gated(Split):
 
     def __init__(self, model: Split, sparsity: float, split: int, size: int, rule: Rule) -> None:
         super().__init__(model.features, model.head, model.width)
-        self.sparsity = sparsity
+        self.sparsity, self.first = sparsity, 1 / split
         self.least = min(max(1 / split, LEAST), sparsity)
         parts = (("features", model.features), ("head", model.head))
         tensors = [
@@ -127,7 +132,7 @@ class Gated(Split):
             start[name], place = place, place + len(part)
         for group in self.groups:
             total = sum(sum(self.blocks[name]) for name in group)
-            budget = round((self.sparsity - self.least) * total)
+            budget = max(0, round((self.sparsity - self.first) * total))
             rest = [(start[name] + i, size) for name in group for i, size in enumerate(self.blocks[name]) if i > 0]
             for block, size in sorted(rest, key=lambda item: -values[item[0]]):
                 if size <= budget:

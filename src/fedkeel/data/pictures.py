@@ -221,8 +221,9 @@ def decode(
 def pixels(where: str, blob: bytes, size: tuple[int, int] | None, channels: Literal[1, 3] | None) -> np.ndarray:
     """[H, W, 1 or 3] uint8. size: height and width to resize to. channels: None = those of the picture.
 
-    Raises DataError for a picture that cannot be decoded or has more than 8 bits a channel; and where `channels` is
-    None for one with an alpha channel.
+    Of 16 bits a channel of a coloured PNG the decoder takes the upper 8. Raises DataError for a picture that cannot be
+    decoded, or whose one channel has more than 8 bits (not all of which may be used); and where `channels` is None for
+    one with an alpha channel.
     """
     from PIL import Image
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
+from unicodedata import normalize
 
 import numpy as np
 import safetensors.torch
@@ -243,7 +244,8 @@ def _decoded(split: Split, names: tuple[str, ...], federation: Target) -> Part:
 
 def _matched(labels: Rows, names: Sequence[str], where: str, federation: Target) -> Tensor:
     """[N] int64: the federation's numbers for these. Raises DataError for a class it does not have."""
-    known = federation.classes
+    known = [normalize("NFC", name) for name in federation.classes]  # folders of macOS have the other form of é
+    names = [normalize("NFC", name) for name in names]
     for number in np.unique(labels).tolist():
         if names[number] not in known:
             near = nearest(names[number], known)

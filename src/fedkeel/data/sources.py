@@ -356,7 +356,8 @@ def _tensor(values: Array, split: str, what: str) -> Tensor:
         return values.detach().cpu()
     try:
         array = np.asarray(values)
-        return torch.as_tensor(array.copy() if min(array.strides, default=0) < 0 else array)  # a flipped view
+        own = min(array.strides, default=0) < 0 or not array.flags.writeable  # a flipped view; bytes of a file
+        return torch.as_tensor(array.copy() if own else array)
     except (TypeError, ValueError) as error:  # words, objects, rows of unequal length
         raise DataError(f"{split}: {what} must be an array of numbers ({error})") from None
 

@@ -56,7 +56,7 @@ def program(name: str) -> str:
 def address(text: str, key: str = "--server") -> tuple[str, int]:
     """Host and port of "host:port" or "[v6]:port". Raises ConfigError."""
     host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536 or "/" in host:
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536 or "/" in host:
         raise ConfigError(key, text, "must look like host:port, such as server.example.org:8443")
     return host.strip("[]"), int(port)
 
@@ -180,5 +180,5 @@ def control(server: Server) -> Iterator[Control]:
             link["insecure"] = True
         else:
             link["root-certificates"] = str((server.keys / "ca.crt").absolute())
-        (home / "config.toml").write_text(tomli_w.dumps({"superlink": {"default": LINK, LINK: link}}))
+        (home / "config.toml").write_bytes(tomli_w.dumps({"superlink": {"default": LINK, LINK: link}}).encode())
         yield Control(server, home)

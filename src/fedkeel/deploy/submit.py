@@ -74,7 +74,7 @@ def submit(
     with control(server) as flower:
         folder = Path(flower.env["FLWR_HOME"]) / "app"
         folder.mkdir()
-        (folder / "pyproject.toml").write_text(tomli_w.dumps(app(config, resume, runs_dir, components)))
+        (folder / "pyproject.toml").write_bytes(tomli_w.dumps(app(config, resume, runs_dir, components)).encode())
         number = str(flower("run", str(folder))["run-id"])
         place = f"in {runs_dir}/{config.name}" if runs_dir else f"in {config.name} in its folder of runs"
         say(f"run {number} has started; its results will lie on the server, {place}")
@@ -120,7 +120,7 @@ def status(server: Server) -> dict[str, object]:
 
 def stop(server: Server, run: str) -> None:
     """Stops a run. Raises ConfigError when it is not a number, RunError with Flower's message."""
-    if not run.isdigit():
+    if not run.isdecimal():
         raise ConfigError("RUN", run, "must be a run's number (fedkeel deploy status)")
     with control(server) as flower:
         flower("stop", run)

@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from safetensors.torch import save as pack
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -383,7 +383,7 @@ def save(net: FlowNet, config: FlowConfig, path: Path, note: str, images: Tensor
     tensors = {name: value.half().contiguous() for name, value in net.state_dict().items()}
     if images is not None:
         tensors[MARKS] = marks(images)
-    save_file(tensors, path, {"config": json.dumps(asdict(config)), "note": note})
+    write(path, pack(tensors, {"config": json.dumps(asdict(config)), "note": note}))
 
 
 def amend(path: Path, images: Tensor | None = None, steps: int | None = None) -> None:

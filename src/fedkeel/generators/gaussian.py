@@ -16,10 +16,11 @@ from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as pack
 from torch import Tensor
 
 from fedkeel.errors import DataError, PoolError
+from fedkeel.files import write
 from fedkeel.generators.names import BUNDLED, beside, digest, knows, match, plain_name
 from fedkeel.options import option
 from fedkeel.records import Samples
@@ -41,7 +42,7 @@ class Fitted:
     def save(self, path: Path) -> None:
         """As one safetensors file, for the option `path`."""
         note = {"classes": json.dumps(self.classes), "shape": json.dumps(self.shape)}
-        save_file({"mean": self.mean, "basis": self.basis}, path, note)
+        write(path, pack({"mean": self.mean, "basis": self.basis}, note))
 
 
 def fit(samples: Samples, classes: tuple[str, ...], rank: int = RANK) -> Fitted:

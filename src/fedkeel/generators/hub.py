@@ -81,7 +81,7 @@ def weight_files(folder: Path, library: str, variant: str = "") -> list[Path]:
     if not index.is_file():
         return [folder / f"{stem}{part}.safetensors"]
     try:
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{index} is damaged: {error}") from error
 

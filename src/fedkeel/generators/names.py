@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from unicodedata import normalize
 
 import torch
 from torch import Tensor
@@ -16,8 +17,10 @@ HASHES = Path(__file__).parents[1] / "data/bundled"
 
 
 def plain_name(name: str) -> str:
-    """Letters and digits only, so that "T-shirt/top", "T - shirt / top" and the folder "t-shirt_top" are one class."""
-    return "".join(letter for letter in name.casefold() if letter.isalnum())
+    """Letters and digits only, so that "T-shirt/top", "T - shirt / top" and the folder "t-shirt_top" are one class; a
+    name without any, such as "+", is left whole."""
+    folded = normalize("NFC", name).casefold()
+    return "".join(letter for letter in folded if letter.isalnum()) or folded.strip()
 
 
 def knows(wanted: Sequence[str], known: Sequence[str]) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fedkeel import personal
-from fedkeel.clients import ClientStore, State
+from fedkeel.clients import ClientStore, State, key_of
 from fedkeel.config import Config, parse
 from fedkeel.data import site
 from fedkeel.errors import ConfigError, FedkeelError, RunError, nearest
@@ -159,8 +159,8 @@ class Client:
         """Deletes states that the server will not ask for again."""
         round_, needed = self.facts["round"], {self.facts["accepted"], *self.facts["needed"]}
         for path in store.folder.glob(f"{self.number}-*.safetensors"):
-            version = int(path.stem.partition("-")[2])
-            if version < round_ and version not in needed:
+            key = key_of(path)
+            if key is not None and key[1] < round_ and key[1] not in needed:
                 path.unlink(missing_ok=True)
         for path in store.folder.glob("*.partial"):  # of a process that was killed
             path.unlink(missing_ok=True)
