@@ -86,9 +86,15 @@ def blocks(page: str, path: Path) -> list[Block]:
 BLOCKS = {page: blocks(page, path) for page, path in PAGES.items()}
 COMMAND = typer.main.get_command(cli.app)
 EXP = next(block.text for block in BLOCKS["docs/first-run.md"] if block.title == "exp.toml")
+FEWER = EXP.replace("train_limit = 1000", "train_limit = 400").replace("test_limit = 500", "test_limit = 100")
+"""The same on fewer images, for pages that take it as given; docs/first-run.md writes its own."""
 
 
 # what is there --------------------------------------------------------------------------------------------------------
+
+
+def test_fewer_are_fewer() -> None:
+    assert tomllib.loads(FEWER)["data"] == {"name": "fashion", "train_limit": 400, "test_limit": 100}
 
 
 def test_examples_that_are_not_run_are_few() -> None:
@@ -227,7 +233,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for room in registry.PACKAGES:
         registry.names(room)
         monkeypatch.setitem(registry._things, room, dict(registry._things[room]))
-    (tmp_path / "exp.toml").write_text(EXP)
+    (tmp_path / "exp.toml").write_text(FEWER)
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:
@@ -341,7 +347,7 @@ def test_the_command_on_a_methods_page_runs(hook: ModuleType, name: str, folder:
     found = config.parse(tomllib.loads(EXP), words[3:])
     assert not found.algorithm.off(found.rounds)
     fewer = ["rounds=3", "data.train_limit=300", "data.test_limit=60", "model.width=4"]
-    fewer += ["algorithm.iterations=2"] if name == "dynafed" else []
+    fewer += ["personal.epochs=1", *(["algorithm.iterations=2", "algorithm.tune_epochs=1"] if name == "dynafed" else [])]
     done = CliRunner().invoke(cli.app, [*words[1:], *fewer], prog_name="fedkeel")
     assert done.exit_code == 0, done.output
 

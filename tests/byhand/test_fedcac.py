@@ -21,7 +21,7 @@ def bed(method, clients=3, **training):
         torch.manual_seed(0)
         model = MLP(hidden=(3,)).build((1, 16, 16), 4)
     data = [tiny.samples(8 + 4 * k, seed=k) for k in range(clients)]
-    settings = {"epochs": 2, "batch": 8, "lr": 0.01, **training}
+    settings = {"epochs": 2, "batch": 8, "lr": 1e-5, **training}  # pixels are 0..255: larger steps end units
     return Bed(method, model=model, data=data, classes=4, training=Training(**settings))
 
 
