@@ -347,7 +347,10 @@ def test_the_command_on_a_methods_page_runs(hook: ModuleType, name: str, folder:
     found = config.parse(tomllib.loads(EXP), words[3:])
     assert not found.algorithm.off(found.rounds)
     fewer = ["rounds=3", "data.train_limit=300", "data.test_limit=60", "model.width=4"]
-    fewer += ["personal.epochs=1", *(["algorithm.iterations=2", "algorithm.tune_epochs=1"] if name == "dynafed" else [])]
+    fewer += [
+        "personal.epochs=1",
+        *(["algorithm.iterations=2", "algorithm.tune_epochs=1"] if name == "dynafed" else []),
+    ]
     done = CliRunner().invoke(cli.app, [*words[1:], *fewer], prog_name="fedkeel")
     assert done.exit_code == 0, done.output
 
