@@ -87,6 +87,8 @@ def alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         ("fednova", (*MOMENTUM, "local.epochs=2")),
         ("fedavgm", ("lanes=1", *MOMENTUM)),
         ("fedamp", ("participation=0.5",)),
+        ("regl", ("lanes=3",)),
+        ("scaffold", ("balance.name=regl", "balance.volume=4")),
     ],
 )
 def test_the_same_numbers(method: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
@@ -122,6 +124,7 @@ def test_a_run_goes_on_under_it(tmp_path: Path) -> None:
     [
         ("moon", (), "group", "the loss of Moon is more than cross-entropy of what the network says"),
         ("fbl", (), "group", "the loss of FBL is more than"),
+        ("regl", ("algorithm.objective=bce_onehot",), "group", "the loss of ReGL is more than"),
         ("fedrep", (), "group", "under FedRep clients have parameters of their own"),
         ("fedavg", (), "batch", r"the network keeps statistics \(BatchNorm\), .*model.norm = 'group' goes"),
         ("fedavg", ("local.optimiser=keep",), "group", r"momentum that lasts .*\(local.optimiser = 'keep'\)"),

@@ -84,6 +84,10 @@ class ReGL(Over):
         """The loss of training, for the personal models (4.2) too."""
         return replace(self, base=Algorithm()) if self.objective != "ce" else Algorithm()
 
+    @property
+    def looks_inside(self) -> bool:
+        return self.objective != "ce" or self.base.looks_inside
+
     def loss(self, local: Local, batch: Batch) -> Tensor:
         if self.objective == "ce":
             return self.base.loss(local, batch)
