@@ -609,8 +609,8 @@ CLAIMS = (
         "not in the paper, where FedAvg is not tuned (R-20)",
         [gap("regl-t4", "regl-ft", "fedavg-ft", column) for column in SKEWS],
         key="tuned",
-        note="At β = 0.01 they are level; at β = 0.5 the tuned FedAvg is two to five points above ReGL, and above every "
-        "baseline of Table 4. What ReGL gains there over FedAvg is the tuning, not its images.",
+        note="At β = 0.01 they are level; at β = 0.5 the tuned FedAvg is two to five points above ReGL, and above "
+        "every baseline of Table 4. What ReGL gains there over FedAvg is the tuning, not its images.",
     ),
     Claim(
         "ours",
