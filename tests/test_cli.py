@@ -91,6 +91,11 @@ def test_help_does_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_package_is_the_command() -> None:
+    words = [sys.executable, "-m", "fedkeel", "--version"]
+    assert subprocess.run(words, check=True, capture_output=True, text=True).stdout.startswith("fedkeel ")
+
+
 def test_version_and_help_of_every_command() -> None:
     assert done("--version").stdout == f"fedkeel {fedkeel.__version__}\n"
     text = done("--help").stdout
@@ -126,6 +131,8 @@ MISTAKES: list[tuple[Sequence[str], Sequence[str]]] = [  # the line's words, and
     (["run", "exp.toml", "pratition.alpha=3"], ["pratition", "no such key", "'partition'"]),
     (["run", "exp.toml", "rounds=many"], ["rounds = 'many'", "a whole number"]),
     (["run", "exp.toml", "rounds=0"], ["rounds = 0", ">= 1"]),
+    (["reproduce", "--rows", "m1"], ["--rows = 'm1'", "needs a TABLE"]),
+    (["compare", "exp.toml", "--algorithms", "fedavg", "--dir", "exp.toml"], ["--dir = 'exp.toml'", "a folder"]),
     (["run", "exp.toml", "local.lr=-1"], ["local.lr = -1", "> 0"]),
     (["run", "exp.toml", "local.buffers=avg"], ["local.buffers = 'avg'", "'average'"]),
     (["run", "exp.toml", "algorithm.name=fedproxx"], ["algorithms", "'fedproxx'", "Did you mean 'fedprox'?"]),

@@ -567,7 +567,8 @@ def test_a_client_that_cannot_make_its_images_is_passed_over(tmp_path, monkeypat
     """It is asked a few times. Then its reply counts as failed: the round goes on, or is tried again in vain."""
     monkeypatch.setattr(flower_server, "PAUSE", 0.01)
     monkeypatch.setattr(flower_server, "RETRIES", 1)
-    cfg = config(tmp_path, "participation=1.0", "rounds=1", f"min_replies={needed}", "pool.dir=", method="fbl")
+    small = ("participation=1.0", "rounds=1", f"min_replies={needed}", "federation.join_wait=20")
+    cfg = config(tmp_path, *small, "pool.dir=", method="fbl")
     making = Job(cfg).filled
     grid, node = loopback.grid(tmp_path), 100 + making[0]
 

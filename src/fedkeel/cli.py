@@ -229,7 +229,7 @@ def reproduce(
             "--format", form, f"must be one of {', '.join(command.FORMATS)}", nearest(form, command.FORMATS)
         )
     if not tables:
-        for key, value in (("--rows", rows), ("--columns", columns), ("--seeds", seeds), ("--show", show_only)):
+        for key, value in (("--rows", rows), ("--columns", columns), ("--seeds", seeds)):
             if value:
                 raise ConfigError(key, value, "needs a TABLE; without one the tables are listed")
         found = command.overview(folder)
