@@ -52,10 +52,10 @@ def page() -> str:
         "tuned into holding. Learning rates were chosen on validation images of one seed, one degree of skew and one "
         "data set, CIFAR-10 for FBL's tables and the food classes for ReGL's, then used in all of them: the same "
         "three for every method, and further ones where the best lay on the edge, by the mean over the last ten "
-        "rounds, of personal models over all rounds that are measured, though their table shows the best (`fbl-rates`"
-        " and `regl-rates`, [tables](evidence-tables.md); FedGen's edge was noticed after its first test cells were "
-        "there). The controls were added as questions came up. CIFAR-10's test images had been used before, for the "
-        "[card of the generators](generator-card.md) and the [comparisons](generators-compared.md).",
+        "rounds, though the table of personal models shows the best round (`fbl-rates` and `regl-rates`, "
+        "[tables](evidence-tables.md); FedGen's edge was noticed after its first test cells were there). The controls"
+        " were added as questions came up. CIFAR-10's test images had been used before, for the [card of the "
+        "generators](generator-card.md) and the [comparisons](generators-compared.md).",
         "",
         f"The runs are those of the profile `{PROFILE}` ([reproducing](reproducing.md)): the papers' clients, "
         "partitions and methods with a small CNN, few rounds, and generators of this project in place of Stable "
