@@ -493,6 +493,12 @@ def _with_name(room: str, thing: object, values: Callable[[object], dict[str, ob
     return {"name": registry.name_of(room, type(thing)), **values(thing)}
 
 
+def _known(key: str, room: str) -> list[str]:
+    """Names that a section may have."""
+    names = registry.names(room)
+    return [name for name in names if issubclass(registry.get(room, name), Over)] if key == "balance" else names
+
+
 def _named(key: str, room: str, section: object) -> object:
     if not isinstance(section, Mapping):
         raise ConfigError(key, section, 'must be a table with a name, such as { name = "..." }')
@@ -500,14 +506,11 @@ def _named(key: str, room: str, section: object) -> object:
         return resolve(section)
     options = dict(section)
     name = options.pop("name", "fedavg" if key == "algorithm" else None)
-    known = registry.names(room)
-    if key == "balance":
-        known = [each for each in known if issubclass(registry.get(room, each), Over)]
-        if isinstance(name, str) and name not in known:
-            allowed = f"must be a method that works over another: {', '.join(known)}"
-            raise ConfigError("balance.name", name, allowed, nearest(name, known))
     if not isinstance(name, str):
-        raise ConfigError(f"{key}.name", name, f"must be one of {', '.join(known)}")
+        raise ConfigError(f"{key}.name", name, f"must be one of {', '.join(_known(key, room))}")
+    if key == "balance" and name not in (known := _known(key, room)):
+        allowed = f"must be a method that works over another: {', '.join(known)}"
+        raise ConfigError("balance.name", name, allowed, nearest(name, known))
     cls = registry.get(room, name)
     presets = getattr(cls, "presets", {})
     preset = options.pop("preset", None)

@@ -55,6 +55,19 @@ class Result:
         return headline(metric, [record[metric] for record in self.rounds if record.get(metric) is not None])
 
 
+@contextmanager
+def _as_before() -> Iterator[None]:
+    """What a run switches in PyTorch, for the whole process, is as before when it ends."""
+    cudnn, matmul, threads = torch.backends.cudnn, torch.backends.cuda.matmul, torch.get_num_threads()
+    switches = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = switches
+
+
+@_as_before()
 def run(
     config: Config,
     *,
@@ -81,27 +94,13 @@ def run(
     ):
         if not isinstance(value, kind):
             raise ConfigError(what, type(value).__name__, f"must be {wanted}")
-    with _as_before():
-        torch.set_num_threads(config.threads)
-        if folder is not None:
-            return _run(config, data, Path(folder), listener, resume, label, engine, holdings)
+    torch.set_num_threads(config.threads)
+    if folder is None:
         for key in ("mlflow", "tensorboard"):
             if getattr(config, key):
                 raise ConfigError(key, getattr(config, key), "needs a folder: run(config, folder=config.folder)")
         return _rounds(Job(config, data, None, holdings), None, listener or OnlyWarns(), label, False, engine)
-
-
-def _run(
-    config: Config,
-    data: Dataset | None,
-    folder: Path,
-    listener: Listener | None,
-    resume: bool,
-    label: str,
-    engine: Engine | None,
-    holdings: Holdings | None,
-) -> Result:
-    """A run that is written."""
+    folder = Path(folder)
     if not resume and (folder / "config.toml").exists():
         raise ConfigError("name", folder.name, f"{folder} holds a run: resume it, or choose another name")
     if not resume and any(folder.glob("*/config.toml")):
@@ -562,18 +561,6 @@ def _table(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return table if isinstance(table, dict) else {}
-
-
-@contextmanager
-def _as_before() -> Iterator[None]:
-    """What a run switches in PyTorch, for the whole process, is as before when it ends."""
-    cudnn, matmul, threads = torch.backends.cudnn, torch.backends.cuda.matmul, torch.get_num_threads()
-    switches = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = switches
 
 
 def _own(layout: Layout) -> set[str]:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import ClassVar, Literal
 
 import torch
@@ -171,12 +172,11 @@ class FedAMP(Algorithm):
         if former:
             places = torch.tensor([place[k] for k in former])
             likeness[places[:, None], places] = server.private["likeness"].cpu()
-        for k in sorted(changed):  # only what they are part of is new
-            for other in place:
-                if other != k and not (other in changed and other < k):
-                    one, two = (shelf.get(each, versions[each])["w"].to(device) for each in sorted((k, other))[::-1])
-                    i, j = place[k], place[other]
-                    likeness[i, j] = likeness[j, i] = self.compare(one, two)
+        for pair in combinations(place, 2):
+            if not changed.isdisjoint(pair):
+                two, one = (shelf.get(k, versions[k])["w"].to(device) for k in pair)
+                i, j = (place[k] for k in pair)
+                likeness[i, j] = likeness[j, i] = self.compare(one, two)
         private = {"shelf": torch.tensor(table), "likeness": likeness, "first": first}
         return replace(server, params=average, private=private)
 

@@ -21,8 +21,7 @@ always step together (the authors' `bi_level = 0`), with one schedule; `local.cl
 where the authors clip each at 10. Beside the first blocks, a share s - 1 / split of all parameters may be taken, so
 that s of them are used at most, less by what no block fits into (with 5 blocks a large tensor's is a fifth of it: 0.41
 of the network `cnn` at s = 0.5); in the authors' code it is a share of the other blocks only (0.3 * 0.8 + 0.2 = 0.44).
-Their averages are over all clients by default (here `denominator = "all"`, with absent ones
-unchanged).
+Their averages are over all clients by default (here `denominator = "all"`, with absent ones unchanged).
 
 What crosses: as FedAvg; an update is dense here, though a client that always takes the same blocks would change a share
 `sparsity` of it only. What stays: the gate. The network without a gate is no model of its own.
@@ -132,7 +131,7 @@ class Gated(Split):
             start[name], place = place, place + len(part)
         for group in self.groups:
             total = sum(sum(self.blocks[name]) for name in group)
-            budget = max(0, round((self.sparsity - self.first) * total))
+            budget = round((self.sparsity - self.first) * total)
             rest = [(start[name] + i, size) for name in group for i, size in enumerate(self.blocks[name]) if i > 0]
             for block, size in sorted(rest, key=lambda item: -values[item[0]]):
                 if size <= budget:

@@ -24,7 +24,7 @@ from fedkeel.clients import ClientStore, State, key_of
 from fedkeel.config import Config, parse
 from fedkeel.data import site
 from fedkeel.errors import ConfigError, FedkeelError, RunError, nearest
-from fedkeel.files import cache
+from fedkeel.files import cache, sweep
 from fedkeel.job import Holdings, Job
 from fedkeel.partition.manifest import Partition
 from fedkeel.partition.sites import Sites
@@ -162,8 +162,7 @@ class Client:
             key = key_of(path)
             if key is not None and key[1] < round_ and key[1] not in needed:
                 path.unlink(missing_ok=True)
-        for path in store.folder.glob("*.partial"):  # of a process that was killed
-            path.unlink(missing_ok=True)
+        sweep(store.folder)
 
 
 def info(client: Client) -> Packet:
