@@ -106,6 +106,14 @@ def test_words_of_a_difference(judged: ModuleType) -> None:
     assert found == "a − b: **+2.5** (+3.0, +2.0); printed −7.0; at the end +1.5"
 
 
+def test_differences_of_a_claim_in_short(judged: ModuleType) -> None:
+    """Means; of more than three the two ends; nothing of what was not run."""
+    parts = [part(judged, {1: 3.0, 2: 2.0}), part(judged, {}), part(judged, {1: -1.0}), part(judged, {1: 0.5})]
+    assert judged.Claim("FBL", "x", "y", parts).differences() == "+2.5, −1.0, +0.5"
+    assert judged.Claim("FBL", "x", "y", [*parts, part(judged, {1: 9.0})]).differences() == "−1.0 to +9.0"
+    assert judged.Claim("FBL", "x", "y", untestable="no weights").differences() == ""
+
+
 def test_a_claim_may_turn_at_the_end_of_the_runs(judged: ModuleType) -> None:
     claim = judged.Claim("FBL", "x", "y", [part(judged, SEEN, end=AGAINST)])
     assert claim.verdict() == "holds" and claim.verdict("end") == "does not hold"

@@ -571,6 +571,22 @@ def test_rows_of_another_group_are_not_held_against_each_other(tiny: Files) -> N
     assert [place[0] for place, spot in found.spots.items() if spot.best] == ["avg"], "FedProx is alone in its group"
 
 
+def test_the_highest_of_a_row_where_rows_choose_among_columns(tiny: Files) -> None:
+    tiny["tiny"]["best"] = "row"
+    anew()
+    values = {"avg": {"a": 0.7, "b": 0.6}, "prox": {"a": 0.1, "b": 0.2}}
+    outcomes = [
+        made(cell, values[cell.row.key][cell.column.key])
+        for cell in command.plan(["tiny"], "reduced", rows=["avg", "prox"])
+    ]
+    found = shown.show(experiment("tiny"), "reduced", outcomes)
+    assert {place for place, spot in found.spots.items() if spot.best} == {("avg", "a"), ("prox", "b")}
+    tiny["tiny"]["best"] = "rows"
+    anew()
+    with pytest.raises(ConfigError, match="tiny: best = 'rows': must be 'column' or 'row'"):
+        experiment("tiny")
+
+
 def test_pairs_are_counted_on_the_seeds_that_both_have(tiny: Files) -> None:
     """Over all seeds FedProx is above FedAvg, as it is not printed; on the one seed that both have it is below."""
     values = {("avg", 1): 0.6, ("avg", 2): 0.2, ("prox", 1): 0.5}

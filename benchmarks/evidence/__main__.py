@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from claims import CLAIMS, SHORT
+from counted import COUNTED
 from drawn import PICTURE, draw, draw_figures, figures, image, there
 from judged import CELLS, END, ERRORS, POINTS, PROFILE, ROOT, Claim, outcomes
 
@@ -33,7 +34,7 @@ PARTS = {
     "ReGL": (
         "ReGL's claims",
         "arXiv 2409.14063; ten food classes of Tiny-ImageNet stand in for ImageFruit. "
-        "Of one seed both data sets have the same split, number by number: they are no independent draws of it.",
+        "For a given seed both data sets are split identically, count for count, so they are no independent draws.",
     ),
     "both": ("What both stand on", "The generator."),
     "ours": ("Controls of our own", "Not in the papers: what else could explain a gain."),
@@ -48,59 +49,79 @@ def page() -> str:
     lines = [
         "# Evidence",
         "",
-        "The claims of the two papers, one by one, and controls of our own, against what was run here. No claim is "
-        "tuned into holding. Learning rates were chosen on validation images of one seed, one degree of skew and one "
-        "data set, CIFAR-10 for FBL's tables and the food classes for ReGL's, then used in all of them: the same "
-        "three for every method, and further ones where the best lay on the edge, by the mean over the last ten "
-        "rounds, though the table of personal models shows the best round (`fbl-rates` and `regl-rates`, "
-        "[tables](evidence-tables.md); FedGen's edge was noticed after its first test cells were there). The controls"
-        " were added as questions came up. CIFAR-10's test images had been used before, for the [card of the "
-        "generators](generator-card.md) and the [comparisons](generators-compared.md).",
-        "",
-        f"The runs are those of the profile `{PROFILE}` ([reproducing](reproducing.md)): the papers' clients, "
-        "partitions and methods with a small CNN, few rounds, and generators of this project in place of Stable "
-        "Diffusion, on two CPU cores. So the *order* of methods can be held against the papers, the numbers cannot. "
-        f"CPU hours of the cells that stand here: **{cpu_hours():.1f}**; those that failed or were run again, and the "
-        "figures, come on top, as do two and a half hours of training the two flows ([card](generator-card.md)). Every "
-        "cell is a JSON file in `benchmarks/results/reproduce`; tables and figures have [a page](evidence-tables.md).",
-        "",
-        repeated(),
-        "",
-        "A claim is made of differences between cells, in points, each taken seed by seed (**mean**, then each seed). "
-        f"One is *seen* when all seeds agree in its sign and their mean is at least {POINTS:g} point and more than "
-        f"{ERRORS:g} standard errors from nothing. A claim **holds** when all of its differences are seen, **holds in "
-        "part** when some are, **does not hold** when one is seen the other way round and none as claimed; otherwise "
-        "there is **no clear difference**. *As far as it was run* says that a difference or one of three seeds is "
-        "missing. Bounds such as *to be above* are ours; such a difference need not be a whole point above its bound, "
-        "only more than 2 standard errors. "
-        "*The best of* some methods is the one with the best mean over seeds. A run that diverged counts as chance. "
-        "What figures show (Figs. 4a, 4, 6 and 7) is measured for one client a seed, in their pictures' features, and "
-        "given in hundredths, as each line says.",
-        "",
-        "That is little against chance: two standard errors of two seeds are passed in 30 of 100 cases where there is "
-        f"nothing to see, of three seeds in 18, and {parts} measured differences stand below. A claim of several "
-        "differences holds only when all are seen, and fails with one. So a verdict is worth what its figures are: "
-        "read them. "
-        f"Beside each stands what the paper's numbers give (*printed*), and the same at the end of the runs: the mean "
-        f"of their last {END} measurements in place of ten, as many runs still rise, baselines more than methods that "
-        "balance. Personal models count by their best round on test images, as the paper's do "
-        "([R-11](reading-the-papers.md)); at the end, by the last ones. Codes such as R-11 and F-21 are those of "
-        "[how we read the papers](reading-the-papers.md).",
+        "The claims of the two papers, one by one, and controls of our own, against what was run here: the papers' "
+        "clients, partitions and methods with a small CNN, few rounds, and generators of this project in place of "
+        f"Stable Diffusion (the profile `{PROFILE}`, [reproducing](reproducing.md)). So the *order* of methods can be "
+        f"compared with the papers', the numbers cannot. The cells that stand here took **{cpu_hours():.1f}** CPU "
+        "hours. No claim is tuned into holding. The [tables and figures](evidence-tables.md) have a page of their own.",
         "",
         "## In short",
         "",
         *(f"- {text}" for text in SHORT),
         "",
         *picture(),
+        "## How to read this",
+        "",
+        "**Differences.** A claim is made of differences between cells, in points, each taken seed by seed "
+        "(**mean**, then each seed). *The best of* some methods is the one with the best mean over seeds. A run that "
+        "diverged counts as chance. Beside each difference stands what the paper's numbers give (*printed*), and the "
+        f"same *at the end* of the runs: the mean of their last {END} measurements in place of ten, as many runs still "
+        "rise, baselines more than methods that balance. Personal models count by their best round on test images, "
+        "as the paper's do ([R-11](reading-the-papers.md)); at the end, by the last ones. What figures show (Figs. 4a, "
+        "4, 6 and 7) is measured for one client a seed, in their pictures' features, and given in hundredths, as each "
+        "line says.",
+        "",
+        "**Verdicts.** A difference is *seen* when all seeds agree in its sign and their mean is at least "
+        f"{POINTS:g} point and more than {ERRORS:g} standard errors from zero. A claim",
+        "",
+        "- **holds** when all of its differences are seen;",
+        "- **holds in part** when some are;",
+        "- **does not hold** when one is seen the other way round and none as claimed;",
+        "- otherwise there is **no clear difference**.",
+        "",
+        "*As far as it was run* says that a difference or one of three seeds is missing. Bounds such as *to be above* "
+        f"are ours; such a difference need not be a whole point above its bound, only more than {ERRORS:g} standard "
+        "errors.",
+        "",
+        f"**Chance.** Where there is no difference at all, the mean of two seeds is still more than {ERRORS:g} "
+        f"standard errors from zero in 30% of all cases, that of three seeds in 18%, and {parts} measured differences "
+        "stand below. A claim of several differences holds only when all are seen, and fails with one. So a verdict "
+        "is worth what its figures are: read them.",
+        "",
+        "**Rates.** Learning rates were chosen on validation images of one seed, one degree of skew and one data "
+        "set, CIFAR-10 for FBL's tables and the food classes for ReGL's, then used in all of them: the same three "
+        "for every method, and further ones where the best lay on the edge, by the mean over the last ten rounds, "
+        "though the table of personal models shows the best round (`fbl-rates` and `regl-rates`, "
+        "[tables](evidence-tables.md)). FedGen's edge was noticed after its first test cells were there, and that "
+        "the centralised model had FedAvg's rate, not its own. SCAFFOLD's rates are too high for EuroSAT, where some "
+        "of its runs diverge and others swing. The controls were added as questions came up. CIFAR-10's test images "
+        "had been used before, for the [card of the generators](generator-card.md) and the "
+        "[comparisons](generators-compared.md).",
+        "",
+        "**Weights.** FBL, SCAFFOLD, FedDyn, DynaFed and FedRep average their clients uniformly, as their papers do, "
+        "the others by samples. Under strong skew, where some clients are tiny, that alone moves a method by points; "
+        "Table I of FBL has controls at α = 0.1 ([claim](#claim-weights)), the other tables have none.",
+        "",
+        f"**Machines.** Two CPU cores. {repeated()} Cells that failed or were run again, and the figures, come on top "
+        "of the hours above, as do two and a half of training the two flows ([card](generator-card.md)). Every cell is "
+        "a JSON file in `benchmarks/results/reproduce`. Codes such as R-11 and F-21 are those of [how we read the "
+        "papers](reading-the-papers.md).",
+        "",
         "## Verdicts",
         "",
         "| verdict | claims |",
         "|---|---:|",
         *(f"| {word} | {count} |" for word, count in sorted(counts.items())),
         "",
-        "| | claim | whose | verdict |",
-        "|---:|---|---|---|",
-        *(f"| [{at}](#claim-{c.key or at}) | {c.text} | {c.paper} | {c.verdict()} |" for at, c in numbered),
+        "Differences are means over seeds, in points or as the claim says; of more than three the lowest and the "
+        "highest.",
+        "",
+        "| | claim | whose | differences | verdict |",
+        "|---:|---|---|---|---|",
+        *(
+            f"| [{at}](#claim-{c.key or at}) | {c.text} | {c.paper} | {c.differences()} | {c.verdict()} |"
+            for at, c in numbered
+        ),
         "",
     ]
     for paper, (title, about) in PARTS.items():
@@ -108,7 +129,7 @@ def page() -> str:
         for at, claim in numbered:
             if claim.paper == paper:
                 lines += section(at, claim)
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join([*lines, *counted()]).rstrip() + "\n"
 
 
 def tables_page() -> str:
@@ -138,7 +159,8 @@ def picture() -> list[str]:
     shown = f"![Accuracy of every method and control on CIFAR-10]({PICTURE.relative_to(PAGE.parent)})"
     what = "*A dot a seed, a line their mean: baselines, methods that balance, controls. The numbers are in the first"
     place = f"evidence-tables.md#fbl-t1-{slug(experiment('fbl-t1').title)}"
-    return [shown, "", f"{what} columns of [fbl-t1]({place}).*", ""]
+    pool = "FBL (25%), FBL (50%) and FBL's controls draw from one pool of synthetic images unless they say otherwise."
+    return [shown, "", f"{what} columns of [fbl-t1]({place}). {pool}*", ""]
 
 
 def slug(title: str) -> str:
@@ -156,6 +178,34 @@ def section(at: int, claim: Claim) -> list[str]:
     lines += [text, ""] if (text := claim.untestable or claim.note) else []
     commands = ", ".join(f"`{command}`" for command in claim.commands())
     return [*lines, *([f"Run by {commands}", ""] if commands else [])]
+
+
+def counted() -> list[str]:
+    """What notes say of partitions."""
+    found = json.loads(COUNTED.read_text())
+    title = experiment("fbl-t1")
+    lines = [
+        '## <a id="counted"></a>Counted',
+        "",
+        "From the partitions, of three seeds: the share of the clients' real images that FBL keeps, the share of what "
+        "they train on that is synthetic, and the images a class in the pool that they draw from, as many as any of "
+        "them needs at most. With `FBL (50%)` half of the clients are unconstrained.",
+        "",
+        "| | | real images kept | synthetic | images a class in the pool |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for column, rows in found["fbl-t1"].items():
+        for row, seeds in rows.items():
+            kept, synthetic, pool = (fmean(each[name] for each in seeds) for name in ("kept", "synthetic", "pool"))
+            names = f"{title.columns[column].label} | {title.rows[row].label}"
+            lines.append(f"| {names} | {kept:.0%} | {synthetic:.0%} | {pool:.0f} |")
+    often = found["regl-t4"]["majority"]
+    said = ", ".join(f"{experiment('regl-t4').columns[key].label} {value:.0%}" for key, value in often.items())
+    lines += [
+        "",
+        f"A client's most frequent class, always named, is right (mean of {found['regl-t4']['draws']} draws):",
+    ]
+    return [*lines, f"{said}.", "", "Counted by `python benchmarks/evidence/counted.py --data FOLDER`"]
 
 
 def departures() -> list[str]:

@@ -34,18 +34,23 @@ def fall(table: str, picture: str, row: str, which: str, words: str) -> Part:
 
 SHORT = (
     "**FBL evens out the skew** on CIFAR-10: its accuracy hardly depends on it, where FedAvg's does. So it is above "
-    "all baselines of the paper at α = 0.1, near the best at 0.3 and below it at 0.5. On CIFAR-100, with few images of "
-    "each class, and with 100 clients, it is below FedAvg.",
-    "**Its cut costs accuracy** at every skew; keeping all real images and filling beside them is better. Which "
-    "images it keeps, offsets, drop and replay move it by less than a point.",
-    "**Clients that need not cut** win three to five points on CIFAR-10 at every skew.",
-    "**ReGL**, which adds and never cuts, is the best of the papers' methods on CIFAR-10 in FBL's Table I too, and not "
-    "on EuroSAT. In its own tables it is far above all others where a client holds three or four of ten classes "
-    "(β = 0.01), more than its steps alone would bring. At β = 0.5 it is level with the best of them, which make half "
-    "of its steps, and no better than FedAvg with as many.",
-    "**Generators as small as these** fill no better than a Gaussian per class under FBL, a little better under ReGL; "
-    "tuning them adds nothing. The public images that they learned from, given to the clients themselves, beat every "
-    "method on CIFAR-10.",
+    "all baselines of the paper at α = 0.1 and level with the best of them at 0.3 and 0.5. Where each client holds "
+    "four shards it is the best of FBL's Table II, with 50 clients level with the best, with 100 below FedAvg. On "
+    "CIFAR-100, with few images of each class, it is no better than FedAvg.",
+    "**Its cut costs accuracy** at every skew; keeping all real images and filling beside them is better. The choice "
+    "of images, the offsets, the drop and the replay each change it by less than a point.",
+    "**Clients that need not cut**: with a quarter to half of them FBL gains three to five points on CIFAR-10 at "
+    "every skew.",
+    "**ReGL**, which adds and never cuts, is the best of the papers' methods on CIFAR-10 in FBL's Table I too, and "
+    "not on EuroSAT. In its own tables its global model is far above all others where a client holds three or four "
+    "of ten classes (β = 0.01), more than its steps alone would bring. At β = 0.5 it is level with the best of them, "
+    "which take half as many steps, and no better than FedAvg with as many.",
+    "**Personal models** of ReGL are not consistently above the best baseline; FedAvg's model, tuned by each client, "
+    "is level with them at β = 0.01 and above them at 0.5.",
+    "**Generators as small as these** fill no better than a Gaussian per class under FBL, a little better under "
+    "ReGL; tuning them adds nothing. That each client has images of its own, not those of a pool that all share, "
+    "matters as much. The public images that the generators learned from, given to the clients themselves, beat "
+    "every method on CIFAR-10.",
 )
 """What the claims and controls come to, by hand."""
 
@@ -56,21 +61,26 @@ CLAIMS = (
         "FBL 76.06, best baseline 59.98 (FedCDA)",
         [
             best_of("fbl-t1", "fbl", BASELINES, "c10-01"),
-            best_of("fbl-t1", "fbl", (*BASELINES, "scaffold-samples"), "c10-01", "these and SCAFFOLD by samples"),
+            best_of(
+                "fbl-t1",
+                "fbl",
+                (*BASELINES, "scaffold-samples", "feddyn-samples"),
+                "c10-01",
+                "these and SCAFFOLD and FedDyn by samples",
+            ),
         ],
         note="SCAFFOLD averages clients uniformly, as its paper does; at this skew some clients are tiny. Weighed by "
         "samples it is the strongest baseline, and the second line is the one to go by. The margin is a fraction of "
-        "the printed sixteen points; real public images in place of the generator's (control below) do not close "
-        "that.",
+        "the printed sixteen points; real public images in place of the generator's ([control](#claim-real)) add two.",
     ),
     Claim(
         "FBL",
         "FBL beats every baseline under weaker skew (CIFAR-10, α = 0.3 and 0.5)",
         "FBL 81.62 and 84.58, best baselines 78.85 and 82.95 (FedDyn)",
         [best_of("fbl-t1", "fbl", BASELINES, column) for column in ("c10-03", "c10-05")],
-        note="At α = 0.3 FBL is two points above FedAvg and one below FedNTD; at α = 0.5 it is three below FedNTD and "
-        "one below FedAvg. There is less to balance, and the cut takes half of the clients' real images for it (52% "
-        "and 45%). FBL that cuts nothing ([below](#claim-cut)) is above the best baseline or level with it.",
+        note="At both it is level with FedNTD, the best of them, four points above FedAvg at α = 0.3 and one at 0.5. "
+        "There is less to balance, and the cut takes about half of the clients' real images for it "
+        "([counted](#counted)).",
     ),
     Claim(
         "FBL",
@@ -85,15 +95,17 @@ CLAIMS = (
                 - relative(at("fbl-t1", "fbl", "c10-05"), at("fbl-t1", "fedavg", "c10-05"), "")
             ).called("gain in per cent of FedAvg at α = 0.1 − at α = 0.5"),
         ],
-        note="More so than printed: at α = 0.5 there is no gain at all here.",
+        note="More so than printed: ten points at α = 0.1, one at 0.5.",
     ),
     Claim(
         "FBL",
         "Clients that may train on more data raise the accuracy (25 and 50% of them unconstrained)",
         "over FBL, 25%: +3.15, +2.26, +0.37 at α = 0.1, 0.3, 0.5; 50%: +3.82, +1.66, +1.31",
-        [gap("fbl-t1", row, "fbl", column) for row in ("fbl-25", "fbl-50") for column in ALPHAS],
-        note="They make more steps too, one and a half to three and a half times FBL's. FBL that cuts nothing gains as "
-        "much as a quarter of them does, with 1.4 to 1.7 times FBL's steps ([below](#claim-cut)).",
+        [gap("fbl-t1", row, "fbl-shared", column) for row in ("fbl-25", "fbl-50") for column in ALPHAS],
+        note="They make more steps too, one and a half to three and a half times FBL's, and the pool that all clients "
+        "draw from is the larger for them, 220 to 730 synthetic images a class for 70 to 130 ([counted](#counted)). "
+        "FBL that cuts nothing gains as much as a quarter of them does, with 1.4 to 1.7 times FBL's steps and its pool "
+        "([below](#claim-cut)).",
     ),
     Claim(
         "FBL",
@@ -109,8 +121,8 @@ CLAIMS = (
         "FBL is best where clients hold few classes each (shards)",
         "Shards(4): 80.74, best baseline 78.98 (MOON); Shards(8): 82.62, 80.42 (MOON)",
         [best_of("fbl-t2a", "fbl", SIX, column) for column in ("c10-shards4", "c10-shards8")],
-        note="It is second, three to four points above FedAvg; SCAFFOLD, whose uniform weights fit clients of one "
-        "size, is one to two points above it.",
+        note="By three points where each client has four shards, by half a point where it has eight. SCAFFOLD, whose "
+        "uniform weights fit clients of one size, is the best of the baselines at both.",
     ),
     Claim(
         "FBL",
@@ -118,8 +130,8 @@ CLAIMS = (
         "75.27 (best baseline 72.39) and 66.28 (63.78)",
         [best_of("fbl-t2b", "fbl", SIX, column) for column in ("c10-50", "c10-100")],
         key="clients",
-        note="With 50 clients it is level with FedAvg, with 100 nearly three points below it; SCAFFOLD is the best "
-        "with both. A client of a hundred holds 100 images, of which the cut leaves half.",
+        note="With 50 clients it is level with SCAFFOLD, the best of them, with 100 below it and, by two points, below "
+        "FedAvg. A client of a hundred holds 100 images, of which the cut leaves half.",
     ),
     Claim(
         "FBL",
@@ -198,8 +210,7 @@ CLAIMS = (
         "FBL is above FedAvg on EuroSAT (α = 0.3)",
         "84.42 against 82.7",
         [gap("fbl-x2", "fbl", "fedavg", "eurosat-03")],
-        note="In the direction of the paper and about as large, but one seed shows next to nothing, and at the end of "
-        "the runs FedAvg has nearly caught up.",
+        note="In the direction of the paper and about as large, but in one seed it is below.",
     ),
     Claim(
         "FBL",
@@ -210,17 +221,21 @@ CLAIMS = (
                 "gain over FedAvg on CIFAR-10 − on CIFAR-100"
             )
         ],
-        note="On CIFAR-100 FBL is three points below FedAvg, at 7 and 10%: clients hold 70 images of each class "
-        "together, of which the cut leaves a quarter, and a Gaussian per class, fitted to 30 public images, fills the "
-        "rest. On the ten classes of Tiny-ImageNet, where the Gaussian has 150, FBL gains fourteen points.",
+        note="On CIFAR-100 FBL is level with FedAvg, both at 10%: clients hold 70 images of each class together, of "
+        "which the cut leaves a quarter, and a Gaussian per class, fitted to 30 public images, fills the rest. A "
+        "client with fewer than 100 images has a balance point of zero and trains as FedAvg (F-07), and rounding down "
+        "costs the others a tenth of their steps. On the ten classes of Tiny-ImageNet, where the Gaussian has 150, FBL "
+        "gains 17 points; the paper's FBL loses two there.",
     ),
     Claim(
         "FBL",
         "Under strong skew unconstrained clients gain much on the harder data sets",
         "FBL (50%) over FBL, α = 0.1: CIFAR-100 +11.95, Tiny-ImageNet +10.11",
-        [gap("fbl-t1", "fbl-50", "fbl", column) for column in ("c100-01", "tiny-01")],
-        note="Any gain of a point counts here; it is half to two thirds of what is printed. They make eight times "
-        "FBL's steps on CIFAR-100, three times on Tiny-ImageNet.",
+        [gap("fbl-t1", "fbl-50", "fbl-shared", column) for column in ("c100-01", "tiny-01")],
+        note="A gain of a point counts here; it is half to two thirds of what is printed. They make eight times FBL's "
+        "steps on CIFAR-100, three times on Tiny-ImageNet, and the pool that all draw from grows with them, from 5 "
+        "images a class to 60 and from 47 to 234: half of the gain on CIFAR-100 and more on Tiny-ImageNet is had "
+        "without them, by images of its own for each client ([control](#claim-own)).",
     ),
     Claim(
         "FBL",
@@ -253,10 +268,10 @@ CLAIMS = (
             for data, _ in BOTH
             for row in ("fedavg", "fedavg-personal")
         ],
-        note="The global model gains more than printed on EuroSAT, there already with 5%, and less on food (15 points "
-        "of 19). The clients' own accuracy is that of their best round on test images (R-11): at 0% it swings from "
-        "round to round, so that its best is high, and little is left to gain. By the last rounds it gains 16 points "
-        "on food and nearly 40 on EuroSAT.",
+        note="The global model gains more than printed on EuroSAT, there already with 5%, and about as much on food. "
+        "The clients' own accuracy is that of their best round on test images (R-11): at 0% it swings from round to "
+        "round, so that its best is high, and little is left to gain. By the last rounds it gains 19 points on food "
+        "and 41 on EuroSAT.",
     ),
     Claim(
         "ReGL",
@@ -299,18 +314,21 @@ CLAIMS = (
                 "ReGL (FT) at β=0.5 − Centralized, food", above=-1.0
             )
         ],
-        note="The paper's reason is a generator that has seen far more images than all clients together; those here "
-        "have seen fewer. The centralised model makes half of ReGL's steps, at FedAvg's rate. On EuroSAT, where the "
-        "paper's ReGL stays two points below it too, ours stays ten below.",
+        note="Two points below it by the headline, level at the end of the runs. The centralised model makes half of "
+        "ReGL's steps, and FedAvg with twice its epochs is about as good as ReGL here ([control](#claim-steps)), so "
+        "this says little about ReGL. The paper's reason is a generator that has seen far more images than all clients "
+        "together; those here have seen fewer. On EuroSAT, where the paper's ReGL stays two points below it too, ours "
+        "stays 14 below. (With FedAvg's rate in place of its own, as we had it first, the centralised model was five "
+        "points lower and the claim held.)",
     ),
     Claim(
         "ReGL",
         "With one class per client ReGL is far above FedAvg (by more than 20 points)",
         "ImageFruit 11.9 and 72.5; EuroSAT 36.9 and 88.1",
         [gap("regl-t3", "regl-ft", "fedavg", column, above=20.0) for column, _ in BOTH],
-        note="The bound of 20 points is ours. ReGL makes 2.7 times FedAvg's steps; that more of them alone would not "
-        "do is seen with 50 and 100 clients ([below](#claim-many)). No baseline is above 25%; the paper prints 37% for "
-        "FedAvg on EuroSAT, perhaps from pretrained weights (R-13).",
+        note="The bound of 20 points is ours. ReGL makes 2.7 times FedAvg's steps; more of them alone do nothing "
+        "([control](#claim-single)). No baseline is above 25%; the paper prints 37% for FedAvg on EuroSAT, perhaps "
+        "from pretrained weights (R-13).",
     ),
     Claim(
         "ReGL",
@@ -320,9 +338,9 @@ CLAIMS = (
             *(gap("regl-t4", "separate", "fedavg", column) for column in ("fruit-001", "eurosat-001")),
             *(gap("regl-t4", "fedavg", "separate", column) for column in ("fruit-05", "eurosat-05")),
         ],
-        note="Separate is above FedAvg at both: clients that train alone reach 57 and 68% at β = 0.5. The 22% that the "
-        "paper prints there is less than what clients get that always name their most frequent class (31%, over 500 "
-        "draws of the partition).",
+        note="Separate is above FedAvg at both: clients that train alone reach 56 and 69% at β = 0.5. The 22% that the "
+        "paper prints there is less than what clients get that always name their most frequent class (32%, over 500 "
+        "draws of the partition, [counted](#counted)).",
     ),
     Claim(
         "ReGL",
@@ -330,13 +348,13 @@ CLAIMS = (
         "over the best, FedCAC, on average +14.3 at β = 0.01, +28.4 at β = 0.5 (the text: 15, and over 30)",
         [best_of("regl-t4", "regl-ft", PERSONAL, column) for column in SKEWS],
         key="personal",
-        note="By the best round within four points of the best baseline, Separate or FedBN, and no side of it; by the "
-        "last rounds one to five points below: clients of few classes need no images of the others to be right about "
-        "their own.",
+        note="By the best round level with the best baseline, Separate or FedRep, above it in some seeds and below in "
+        "others; by the last rounds one to five points below: a client with few classes gains nothing from images of "
+        "classes that it is never tested on.",
     ),
     Claim(
         "ReGL",
-        "That gain is larger at β = 0.5 than at 0.01",
+        "Personal models: ReGL (FT)'s gain over FedCAC is larger at β = 0.5 than at 0.01",
         "28.4 and 14.3 points over FedCAC",
         [
             (
@@ -344,7 +362,7 @@ CLAIMS = (
             ).called(f"{words}: gain over FedCAC at 0.5 − at 0.01")
             for data, words in BOTH
         ],
-        note="It is one to four points at β = 0.01 and next to nothing at 0.5; the seeds do not agree.",
+        note="It is two to three points at either degree of skew; the seeds do not agree on more.",
     ),
     Claim(
         "ReGL",
@@ -511,32 +529,33 @@ CLAIMS = (
         "76.06 against 56.60; the paper's baselines do not fit one optimiser",
         [gap("fbl-t1", "fbl", "fedavg", "c10-01+printed")],
         note="Thirty rounds of two epochs are too few for a rate of 0.001 without momentum: all methods end between 10 "
-        "and 20%, where more steps are all that counts. The paper makes 200 rounds of ten. Which optimiser its rows "
-        "had stays open: the profile `paper` has each column with both.",
+        "and 20%, too little learned to tell them apart by. The paper makes 200 rounds of ten. Which optimiser its "
+        "rows had stays open: the profile `paper` has each column with both.",
     ),
     Claim(
         "ours",
         "The cut is worth it (FBL above FBL that fills and cuts nothing, which makes more steps)",
         "not in the paper; a prototype had it the other way round",
-        [gap("fbl-t1", "fbl", "fbl-nocut", column) for column in ALPHAS],
+        [gap("fbl-t1", "fbl-shared", "fbl-nocut", column) for column in ALPHAS],
         key="cut",
         note="At α = 0.1 the balance point leaves FBL 31 to 33% of its clients' real images; two thirds of what they "
-        "train on is synthetic. Cutting nothing keeps all of them beside the same synthetic ones: 1.7 times the "
-        "samples, and more accuracy. The cut keeps clients within their budget; it is no device for accuracy here.",
+        "train on is synthetic ([counted](#counted)). Cutting nothing keeps all of them beside the same synthetic "
+        "ones: 1.7 times the samples, and more accuracy. The cut keeps clients within their budget; it is no device "
+        "for accuracy here.",
     ),
     Claim(
         "ours",
         "More steps make up for the cut (FBL with 3 local epochs level with FBL that cuts nothing)",
         "not in the paper",
         [gap("fbl-t1", "fbl-e3", "fbl-nocut", "c10-01", above=-1.0)],
-        note="1.5 times FBL's steps against 1.65 times: half as many more steps win next to nothing, so most of the "
+        note="1.5 times FBL's steps against 1.7 times: half as many more steps bring next to nothing, so most of the "
         "difference is the real images.",
     ),
     Claim(
         "ours",
         "Choosing by loss beats a fresh random choice every round, of the same budget",
         "not in the paper",
-        [gap("fbl-t1", "fbl", "fbl-fresh", column) for column in ALPHAS],
+        [gap("fbl-t1", "fbl-shared", "fbl-fresh", column) for column in ALPHAS],
         note="In all nine runs the random choice is better, by half a point to a point, too little for a verdict. The "
         "control changes two things at once, the choice and how often it is made; the next one changes the choice "
         "alone.",
@@ -550,27 +569,59 @@ CLAIMS = (
     ),
     Claim(
         "ours",
+        "Weights do not explain FBL's gain over FedAvg (both weigh clients by samples, both uniformly; α = 0.1)",
+        "not in the paper",
+        [gap("fbl-t1", "fbl-samples", "fedavg", "c10-01"), gap("fbl-t1", "fbl", "fedavg-uniform", "c10-01")],
+        key="weights",
+        note="Weighed by samples FBL is a point lower, weighed uniformly FedAvg is too: the gain is that of the "
+        "images.",
+    ),
+    Claim(
+        "ours",
+        "MOON with μ = 1 is level with FedAvg or above it (its row in Table I has 5)",
+        "not in the paper",
+        [gap("fbl-t1", "moon-mu1", "fedavg", column, above=-1.0) for column in ("c10-01", "c10-05")],
+        key="moon",
+        note="Level with it at both skews. So the row MOON of Table I says what μ = 5 does here, not what MOON can do.",
+    ),
+    Claim(
+        "ours",
+        "FBL's clients lose nothing by sharing one pool of synthetic images (against images of its own for each)",
+        "not in the paper, which does not say (F-21)",
+        [gap("fbl-t1", "fbl-shared", "fbl", column, above=-1.0) for column in (*ALPHAS, *OTHERS)],
+        key="own",
+        note="They lose one to two points on CIFAR-10, three on CIFAR-100, four on Tiny-ImageNet and next to nothing "
+        "on EuroSAT. A pool holds as many images of a class as the one that lacks most needs, so all clients see the "
+        "same few ([counted](#counted)). Where FBL stands beside baselines its clients have images of their own; in "
+        "ablations, controls and with unconstrained clients they share a pool, to save time, and both sides of a "
+        "comparison do.",
+    ),
+    Claim(
+        "ours",
         "A learned generator fills better than a Gaussian per class",
         "not in the paper",
-        [gap("fbl-t1", "fbl", "fbl-gaussian", column) for column in ALPHAS],
+        [gap("fbl-t1", "fbl-shared", "fbl-gaussian", column) for column in ALPHAS],
         note="Under FBL a Gaussian per class fills a little better than the bundled flow. It is otherwise under ReGL "
-        "([below](#claim-gaussian)), and where a classifier trains on made images alone ([card](generator-card.md)).",
+        "([below](#claim-gaussian)), and where a classifier trains on generated images alone "
+        "([card](generator-card.md)).",
     ),
     Claim(
         "ours",
         "A learned generator fills as well as 500 real public images, used again and again",
         "not in the paper",
-        [gap("fbl-t1", "fbl", "fbl-public500", column, above=-1.0) for column in ALPHAS],
-        note="At α = 0.1, where most of what clients train on is synthetic, even better: 500 images used again and "
-        "again are soon known by heart, we suspect.",
+        [gap("fbl-t1", "fbl-shared", "fbl-public500", column, above=-1.0) for column in ALPHAS],
+        note="At α = 0.1, where most of what clients train on is synthetic, even better: 50 images a class, used again "
+        "and again, are, we suspect, soon memorised; so may be the flow's, which are 130 a class there in the pool "
+        "that all clients share ([counted](#counted)), 72 at 0.5.",
     ),
     Claim(
         "ours",
         "A learned generator fills as well as all of the public images it learned from",
         "not in the paper",
         [gap("fbl-t1", "fbl", "fbl-public", column, above=-1.0) for column in ALPHAS],
-        note="There are 10,000 of them, as many as all clients together have. They fill about a point better than the "
-        "flow at every skew.",
+        key="real",
+        note="Each client draws its own of 10,000 public images, as many as all clients together have. They fill one "
+        "to two points better than the flow.",
     ),
     Claim(
         "ours",
@@ -581,7 +632,7 @@ CLAIMS = (
             *(gap("fbl-t1", "fbl", "fedavg-public", column) for column in ALPHAS),
         ],
         key="public",
-        note="It does not, by far: six points with as many steps as FBL, eleven with twice as many. (FedAvg's clients "
+        note="It does not, by far: five points with as many steps as FBL, ten with twice as many. (FedAvg's clients "
         "flip public images like their own; synthetic ones are not flipped.) Where 1,000 public images of each class "
         "can be had, the plain thing to do is to give them to the clients. FBL is for the case in which there are none "
         "and the generator comes from elsewhere; one that was fitted to public images of the task cannot show that.",
@@ -597,11 +648,21 @@ CLAIMS = (
     ),
     Claim(
         "ours",
+        "With one class per client ReGL's gain is more than its steps (above FedAvg with 5 local epochs, about as "
+        "many)",
+        "not in the paper",
+        [gap("regl-t3", "regl-ft", "fedavg-e5", column) for column, _ in BOTH],
+        key="single",
+        note="FedAvg with 2.5 times the epochs is no better than chance but in one run of six, worse than with two: "
+        "clients drift the further.",
+    ),
+    Claim(
+        "ours",
         "ReGL's gain with many clients is more than its steps (above FedAvg with as many, 16 and 23 local epochs)",
         "not in the paper",
         [gap("regl-t7", "regl-ft", f"fedavg-e{e}", f"fruit-m{m}") for e, m in ((16, 50), (23, 100))],
         key="many",
-        note="By far: as many steps win FedAvg eight to ten of the 25 to 30 points that ReGL is above it.",
+        note="By far: equal steps alone close eight to ten of the 25 to 30 points between FedAvg and ReGL.",
     ),
     Claim(
         "ours",
@@ -609,7 +670,7 @@ CLAIMS = (
         "not in the paper, where FedAvg is not tuned (R-20)",
         [gap("regl-t4", "regl-ft", "fedavg-ft", column) for column in SKEWS],
         key="tuned",
-        note="At β = 0.01 they are level; at β = 0.5 the tuned FedAvg is two to five points above ReGL, and above "
+        note="At β = 0.01 they are level; at β = 0.5 the tuned FedAvg is two to three points above ReGL, and above "
         "every baseline of Table 4. What ReGL gains there over FedAvg is the tuning, not its images.",
     ),
     Claim(
@@ -624,16 +685,19 @@ CLAIMS = (
             *(best_of("fbl-t1", "regl", ("fedavg", "scaffold", "fbl", "fbl-50"), column, FEW) for column in OTHERS),
         ],
         note="By two points on CIFAR-10 and three on CIFAR-100; level with FBL (50%) on the food classes, twelve "
-        "points below it on EuroSAT, whose flow makes textures without shapes. It never cuts, and it makes twice the "
-        "steps of FBL and of the baselines; FBL (50%) makes two to three and a half times FBL's, on CIFAR-100 eight. "
-        "The next control has that.",
+        "points below it on EuroSAT, where FBL (50%) is filled by the same flow, so it is not the images alone; we "
+        "have no explanation. ReGL never cuts, and it makes twice the steps of FBL and of the baselines, which the "
+        "next control has; FBL (50%) makes two to three and a half times FBL's, on CIFAR-100 eight. And FBL (50%)'s "
+        "clients share one pool of images where ReGL's have their own, which [costs FBL](#claim-own) about as much as "
+        "it is behind.",
     ),
     Claim(
         "ours",
         "There its gain on CIFAR-10 is more than its steps (above FedAvg with 4 local epochs, as many steps)",
         "not in the paper",
         [gap("fbl-t1", "regl", "fedavg-e4", column) for column in ALPHAS],
-        note="Twice the epochs win FedAvg two to three points, ReGL's images the rest.",
+        key="table",
+        note="Twice the epochs bring FedAvg two to three points, ReGL's images the rest.",
     ),
     Claim(
         "ours",
@@ -641,8 +705,8 @@ CLAIMS = (
         "not in the paper",
         [gap("fbl-t1", "regl", "regl-gaussian", "c10-01")],
         key="gaussian",
-        note="ReGL adds as many made images as there are real ones, 50 of each class for every client; FBL draws from "
-        "a pool that all share.",
+        note="ReGL adds as many generated images as there are real ones, 50 of each class for every client; FBL draws "
+        "from a pool that all share.",
     ),
     Claim(
         "ours",
@@ -658,7 +722,7 @@ CLAIMS = (
         "ReGL's images do as well as real public ones in their place",
         "not in the paper",
         [gap("regl-t2", "regl-tf", "regl-public", column, above=-1.0) for column in SKEWS],
-        note="Here the generator does matter: 40 real images of each class in the place of the made ones are far "
-        "better on EuroSAT, whose flow makes textures without shapes.",
+        note="Here the generator does matter: 40 real images of each class for every client, for all five together the "
+        "200 (EuroSAT) and 150 (food) public ones, are far better in the place of generated ones on EuroSAT.",
     ),
 )

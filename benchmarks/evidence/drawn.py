@@ -25,7 +25,12 @@ TABLE, COLUMNS = "fbl-t1", ("c10-01", "c10-03", "c10-05")
 BALANCED = ("fbl", "fbl-25", "fbl-50", "regl")
 CONTROLS = (
     "fedavg-e4",
+    "fedavg-uniform",
     "scaffold-samples",
+    "feddyn-samples",
+    "moon-mu1",
+    "fbl-samples",
+    "fbl-shared",
     "fbl-fresh",
     "fbl-loss1",
     "fbl-e3",
@@ -66,7 +71,7 @@ def draw() -> None:
     columns = there()
     if not columns:
         return
-    figure, panels = paper(2.6 + 2.6 * len(columns), 5.4, 1, len(columns))
+    figure, panels = paper(2.6 + 2.6 * len(columns), 6.3, 1, len(columns))
     for axes in panels[1:]:
         axes.sharex(panels[0])
     for axes, column in zip(panels, columns, strict=True):

@@ -2,7 +2,7 @@
 
 Methods of one seed have the same clients, the same first weights and the same cohorts, so differences are taken seed by
 seed. One counts as seen when all seeds have its sign, their mean is a point or more and more than two standard errors
-from nothing; as contradicted when all of that holds the other way; else as open. A claim holds when all of its
+from zero; as contradicted when all of that holds the other way; else as open. A claim holds when all of its
 differences are seen, and fails when one is contradicted and none is seen; between these it holds in part. A run that
 diverged counts as chance. What was not run is said, never guessed.
 
@@ -34,7 +34,7 @@ PROFILE = "reduced"
 LEAST, SEEDS = 2, 3
 """Seeds below which a difference is not judged, and seeds of which a claim says that it was run."""
 POINTS, ERRORS = 1.0, 2.0
-"""A difference is seen that is as large and so many standard errors away from nothing."""
+"""A difference is seen that is as large and so many standard errors away from zero."""
 
 END = 3
 """Rounds that are the end of a run."""
@@ -143,6 +143,13 @@ class Claim:
 
     def _judged(self, reading: Reading) -> list[str]:
         return [found for part in self.parts if (found := part.verdict(reading)) != "missing"]
+
+    def differences(self) -> str:
+        """Their means; of more than three the lowest and the highest."""
+        means = [fmean(values.values()) for part in self.parts if (values := part.values())]
+        if len(means) > 3:
+            return f"{signed(min(means))} to {signed(max(means))}"
+        return ", ".join(map(signed, means))
 
     def commands(self) -> list[str]:
         """What runs its cells: a command a table."""

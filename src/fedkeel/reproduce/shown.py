@@ -38,7 +38,7 @@ _LONG = 34
 class Spot:
     """A row in a column. ours: what seeds came to; printed: mean and deviation, or mean alone, as the paper has them:
     both in per cent. wanted: seeds; none where the profile does not run it. stale, failed: which of these. mark: the
-    letter of the printed number's footnote. best, printed_best: of its column."""
+    letter of the printed number's footnote. best, printed_best: of its column, or of its row (`Experiment.best`)."""
 
     wanted: tuple[int, ...] = ()
     ours: Mapping[int, float] = field(default_factory=dict)
@@ -143,7 +143,7 @@ class Shown:
 
     @property
     def comparable(self) -> bool:
-        """Whether ours may be held against the printed numbers."""
+        """Whether ours may be compared with the printed numbers."""
         return self.profile == "paper"
 
     @property
@@ -185,7 +185,7 @@ def show(found: Experiment, profile: str, outcomes: Sequence[Outcome]) -> Shown:
         seeds=tuple(sorted({each.cell.seed for each in outcomes})),
         rows=tuple(Head(r.key, r.label, bool(numbers) and not found.printed.get(r.key), r.metric) for r in rows),
         columns=tuple(Head(column.key, found.head(column.key, profile)) for column in columns),
-        spots=_with_best(rows, columns, spots),
+        spots=_with_best(_compared(found, rows, columns), spots),
         digits=max((len(repr(number).partition(".")[2]) for number in numbers), default=2),
         order={column.key: pairs for column in columns if (pairs := _order(rows, column, spots))[1]},
         reasons=_reasons(found, profile, rows, columns, by_place),
@@ -233,20 +233,31 @@ def _letter(number: int) -> str:
     return (_letter(before - 1) if before else "") + ascii_lowercase[last]
 
 
-def _with_best(rows: Sequence[Row], columns: Sequence[Column], spots: Mapping[Place, Spot]) -> dict[Place, Spot]:
-    """The same, where the highest of each column (and metric and group, where rows have several) are marked."""
+def _with_best(compared: Sequence[Sequence[Place]], spots: Mapping[Place, Spot]) -> dict[Place, Spot]:
+    """The same, where the highest of those that are compared with one another are marked."""
     out = dict(spots)
-    for column in columns:
-        for kind in {(row.metric, row.group) for row in rows}:
-            places = [(row.key, column.key) for row in rows if (row.metric, row.group) == kind]
-            ours = {place: round(mean, 2) for place in places if (mean := spots[place].mean) is not None}
-            printed = {place: spots[place].printed[0] for place in places if spots[place].printed}
-            for place in places:
-                best, printed_best = (
-                    len(values) > 1 and values.get(place) == max(values.values()) for values in (ours, printed)
-                )
-                out[place] = replace(spots[place], best=best, printed_best=printed_best)
+    for places in compared:
+        ours = {place: round(mean, 2) for place in places if (mean := spots[place].mean) is not None}
+        printed = {place: spots[place].printed[0] for place in places if spots[place].printed}
+        for place in places:
+            best, printed_best = (
+                len(values) > 1 and values.get(place) == max(values.values()) for values in (ours, printed)
+            )
+            out[place] = replace(spots[place], best=best, printed_best=printed_best)
     return out
+
+
+def _compared(found: Experiment, rows: Sequence[Row], columns: Sequence[Column]) -> list[list[Place]]:
+    """The places of each column, of one metric and group where rows have several; those of each row where it chooses
+    among columns."""
+    if found.best == "row":
+        return [[(row.key, column.key) for column in columns] for row in rows]
+    kinds = {(row.metric, row.group) for row in rows}
+    return [
+        [(row.key, column.key) for row in rows if (row.metric, row.group) == kind]
+        for column in columns
+        for kind in kinds
+    ]
 
 
 def _order(rows: Sequence[Row], column: Column, spots: Mapping[Place, Spot]) -> tuple[int, int]:
@@ -378,7 +389,8 @@ def _label(row: Head) -> str:
 
 LEGEND = (
     "Accuracy in per cent: of a run the mean over the last 10 evaluated rounds (of personal models' best so far the "
-    "last one), of seeds mean ± sample standard deviation. Bold: the highest of a column."
+    "last one), of seeds mean ± sample standard deviation. Bold: the highest of a column, in tables "
+    "of learning rates of a row."
 )
 
 

@@ -47,7 +47,7 @@ L = TypeVar("L", bound=Line)
 @dataclass(frozen=True)
 class Row(Line):
     """method: as `fedkeel compare` reads it, such as "fbl(25%)". metric: what the row shows. group: only rows of one
-    group are held against each other, such as those of equal local epochs. rate: the row that was tuned for its
+    group are compared with each other, such as those of equal local epochs. rate: the row that was tuned for its
     learning rate; its own key unless named. columns: where it has a cell; everywhere where none are named."""
 
     method: str = ""
@@ -92,7 +92,8 @@ class Experiment:
     """A table or figure. printed: [mean, deviation] or [mean] in per cent by row and column, as the paper has them.
     marks: by "row.column", "row" or "column", why a printed number cannot be relied on; "" where a column that is like
     another does not share its mark. runs: false for a figure that
-    is drawn from data or images alone. pictures: as in `pictures.Picture`."""
+    is drawn from data or images alone. pictures: as in `pictures.Picture`. best: where the highest number is marked, in
+    each column or in each row."""
 
     name: str
     title: str
@@ -106,6 +107,7 @@ class Experiment:
     seeds: Mapping[str, tuple[int, ...]]
     runs: bool
     pictures: Sequence[Mapping[str, Any]]
+    best: str = "column"
 
     def protocol(self, profile: str) -> Protocol:
         """Of this table's family. Raises ConfigError for an unknown profile."""
@@ -205,6 +207,8 @@ def experiment(name: str) -> Experiment:
     rows = {key: _line(Row, name, key, each) for key, each in _tables(table, "rows").items()}
     columns = {key: _line(Column, name, key, each) for key, each in _columns(table).items()}
     printed = _tables(table, "printed")
+    if (best := table.get("best", "column")) not in ("column", "row"):
+        raise ConfigError(f"{name}: best", best, "must be 'column' or 'row'")
     for column in columns.values():
         if column.like:
             printed = {row: {**each, **_under(column, each)} for row, each in printed.items()}
@@ -221,6 +225,7 @@ def experiment(name: str) -> Experiment:
         {profile: tuple(seeds) for profile, seeds in _tables(table, "seeds").items()},
         bool(table.get("runs", True)),
         tuple(table.get("pictures", ())),
+        str(best),
     )
 
 
