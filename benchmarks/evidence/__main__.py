@@ -15,9 +15,8 @@ from statistics import fmean
 from typing import Any
 
 from claims import CLAIMS, SHORT
-from counted import COUNTED
 from drawn import PICTURE, draw, draw_figures, figures, image, there
-from judged import CELLS, END, ERRORS, POINTS, PROFILE, ROOT, Claim, outcomes
+from judged import CELLS, COUNTED, END, ERRORS, POINTS, PROFILE, ROOT, Claim, outcomes
 
 from fedkeel.reproduce.pictures import ALT
 from fedkeel.reproduce.shown import LEGEND, facts, matrix, show

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from judged import CELLS, PROFILE
+from judged import COUNTED, PROFILE
 
 from fedkeel.config import Config
 from fedkeel.files import write_json
@@ -21,7 +21,6 @@ from fedkeel.job import Job
 from fedkeel.reproduce.cells import loaded
 from fedkeel.reproduce.command import plan
 
-COUNTED = CELLS / PROFILE / "counted.json"
 ROWS, COLUMNS = ("fbl-shared", "fbl-50"), ("c10-01", "c10-03", "c10-05", "c100-01", "tiny-01", "eurosat-01")
 PERSONAL = ("fruit-001", "fruit-05", "eurosat-001", "eurosat-05")
 DRAWS = 500

@@ -43,6 +43,8 @@ LAST = {"personal/accuracy_best": "personal/accuracy_last"}
 
 MEASURED = "measured.json"
 """What figures show in numbers, beside their cells: written by measured.py."""
+COUNTED = CELLS / PROFILE / "counted.json"
+"""What notes say of partitions: written by counted.py."""
 
 Values = dict[int, float]
 """By seed, in points (per cent of the test images)."""
