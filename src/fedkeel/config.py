@@ -267,6 +267,10 @@ class Config:
             return self.participation
         return max(1, int(self.participation * self.clients + 0.5))
 
+    def enough(self, asked: int) -> int:
+        """Usable updates that do where so many clients are asked: a pooled method has one."""
+        return min(self.min_replies, asked)
+
     @property
     def folder(self) -> Path:
         """The run's folder."""

@@ -394,7 +394,7 @@ def _enough(config: Config, number: int, asked: int, incoming: Incoming) -> None
     error: RunError | None = None
     if incoming.failed and config.on_failure == "stop":
         error = RunError(f"round {number + 1}: {reasons} (on_failure = 'stop')")
-    elif len(incoming.done) < min(config.min_replies, asked):  # a pooled method has one client
+    elif len(incoming.done) < config.enough(asked):
         told = f"round {number + 1}: {len(incoming.done)} usable updates, min_replies = {config.min_replies}"
         error = TooFewClients(": ".join(filter(None, [told, reasons])))
     if error is None:

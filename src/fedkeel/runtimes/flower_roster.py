@@ -278,7 +278,7 @@ class Roster:
 def gather(roster: Roster, clients: Collection[int], config: Config, everyone: bool = True) -> None:
     """Waits for these clients, for all of them (everyone) or for min_replies, and says who is missing where all were
     waited for. Raises TooFewClients when fewer than min_replies come."""
-    enough, seconds = min(config.min_replies, len(clients)), config.federation.join_wait
+    enough, seconds = config.enough(len(clients)), config.federation.join_wait
     there = roster.wait(clients, len(clients) if everyone else enough, seconds)
     if there < enough:
         raise TooFewClients(

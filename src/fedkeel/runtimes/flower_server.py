@@ -86,7 +86,7 @@ class FlowerRuntime:
         roster, job = self.roster, self.job
         roster.admit(NEWCOMERS)
         remember(self.folder, roster.samples)
-        wanted = min(job.config.min_replies, len(clients))
+        wanted = job.config.enough(len(clients))
         if sum(roster.node_of(client) is not None for client in clients) < wanted:
             missing = ", ".join(roster.name(client) for client in clients if roster.node_of(client) is None)
             roster.say(f"round {server.round + 1}: waiting for {missing}")
