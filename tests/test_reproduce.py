@@ -201,7 +201,7 @@ def test_a_stopped_cell_goes_on_from_its_checkpoint(
     tiny: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ran: list[str]
 ) -> None:
     tiny["base"] = {**BASE, "rounds": 4}
-    told = cells._Spent.finished_round
+    told = cells._Heard.finished_round
     rounds: list[tuple[str, int]] = []
 
     def stop(self: Any, record: Any) -> None:
@@ -210,7 +210,7 @@ def test_a_stopped_cell_goes_on_from_its_checkpoint(
         if rounds[-1] == ("prox", 2):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cells._Spent, "finished_round", stop)
+    monkeypatch.setattr(cells._Heard, "finished_round", stop)
     result = fedkeel_("tiny", "--profile", "smoke", "--columns", "a", "--dir", tmp_path)
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "stopped; to go on: the same command"
@@ -224,7 +224,7 @@ def test_a_stopped_cell_goes_on_from_its_checkpoint(
     (cell,) = plan(["prox"], ["a"])
     assert read(cell, tmp_path).found["cpu_seconds"] >= 1000  # type: ignore[index]
     # and it comes to what it had come to without a stop
-    monkeypatch.setattr(cells._Spent, "finished_round", told)
+    monkeypatch.setattr(cells._Heard, "finished_round", told)
     reproduce([cell], tmp_path / "whole")
     assert timeless(path_of(cell, tmp_path)) == timeless(path_of(cell, tmp_path / "whole"))
 
@@ -243,6 +243,38 @@ def test_a_changed_configuration_is_stale_and_never_mixed(tiny: Files, tmp_path:
     assert ran[4:] == ["avg--a--seed1"]
     spot = shown.show(experiment("tiny"), "reduced", [read(cell, tmp_path) for cell in planned]).spots["avg", "a"]
     assert (list(spot.ours), spot.stale, spot.state) == ([1], (2,), "1/2")
+
+
+@pytest.mark.parametrize("what", ["generator", "data"])
+def test_a_run_that_was_begun_with_others_is_run_from_the_start(tiny: Files, tmp_path: Path, what: str) -> None:
+    """Otherwise numbers made with another generator would stand under the name of this one."""
+    filled = {"method": "regl", "set": {"generator": {"name": "gaussian"}, "methods": {"regl": {"volume": 2}}}}
+    tiny["tiny"] = {**TINY, "rows": {"filled": {**filled, "label": "Filled"}}, "printed": {}, "marks": {}}
+    (cell,) = plan(["filled"], ["a"])
+    reproduce([cell], tmp_path, keep=True)
+    first = timeless(path_of(cell, tmp_path))
+    manifest, rounds = (cells.run_of(cell, tmp_path) / name for name in ("manifest.json", "rounds.jsonl"))
+
+    def again(begun_with: str) -> dict[str, Any]:
+        path_of(cell, tmp_path).unlink()
+        rounds.write_text(re.sub('"train/loss": [0-9.]+', '"train/loss": 7.0', rounds.read_text()))
+        then = json.loads(manifest.read_text())
+        then[what]["fingerprint"] = begun_with
+        manifest.write_text(json.dumps(then))
+        reproduce([cell], tmp_path, keep=True)
+        return timeless(path_of(cell, tmp_path))
+
+    assert again(first[what]["fingerprint"])["rounds"]["train/loss"] == [7.0, 7.0], "with the same it goes on"
+    assert again("0" * 64) == first
+
+
+def test_what_a_run_warned_of_stands_below_the_table(tiny: Files, tmp_path: Path) -> None:
+    idle = {"label": "Idle", "method": "fedprox", "set": {"methods": {"fedprox": {"mu": 0.0}}}}
+    tiny["tiny"] = {**TINY, "rows": {**TINY["rows"], "idle": idle}}
+    found = shown.show(experiment("tiny"), "smoke", reproduce(plan(["avg", "idle"], ["a"]), tmp_path))
+    text = "algorithm.mu = 0.0: this switches the method off"
+    assert found.warnings == (shown.Reason(text, "Idle"),)
+    assert ("Warnings", [f"Idle: {text}"]) in shown.below(found)
 
 
 def test_cells_of_one_configuration_are_one_run(
@@ -297,6 +329,11 @@ def test_a_cell_that_fails_is_named_and_stops_no_other(
     assert later.exit_code == 0, later.output
     assert re.search(r"Bad \(ours\) +failed", later.stdout)
     assert "Bad, A, seed 1: round 1: " in later.stdout
+    # so is each table that has the same cell
+    tiny["tiny-2"] = {**TINY, "rows": {"bad": bad}, "printed": {}, "marks": {}}
+    both = [*plan(["bad"], ["b"]), *plan(["bad"], ["b"], (), "tiny-2")]
+    reproduce(both, tmp_path)
+    assert [read(cell, tmp_path).state for cell in both] == ["failed", "failed"]
     # a mistake of ours is a gap too; when it is mended the cell is done
     run = cells.run
 
@@ -736,7 +773,7 @@ import os, sys, time
 from pathlib import Path
 from fedkeel.reproduce import cells, command
 
-told = cells._Spent.finished_round
+told = cells._Heard.finished_round
 
 
 def stop(self, record):
@@ -748,7 +785,7 @@ def stop(self, record):
             time.sleep(1)
 
 
-cells._Spent.finished_round = stop
+cells._Heard.finished_round = stop
 if __name__ == "__main__":
     cells.reproduce(command.plan(["fbl-t3"], "smoke", ["m1", "m2"]), Path("out"), workers=int(sys.argv[1]))
 """

@@ -5,7 +5,8 @@
 
 A cell has the key of its configuration. A JSON file with another key than the table asks for now is stale: it is shown
 as such, counts for nothing, and is replaced when the cell is run again. Cells of several tables that have one key are
-one run. A cell that failed leaves failed.json in its run's folder, with the reason, until it succeeds.
+one run, but one that was begun on other data or with another generator than there are now does not go on: it is run
+from the start. A cell that failed leaves failed.json in its run's folder, with the reason, until it succeeds.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from fedkeel.config import Config
 from fedkeel.data.dataset import Dataset
 from fedkeel.errors import FedkeelError, RunError
 from fedkeel.files import locked, write, write_json
+from fedkeel.job import Job
 from fedkeel.loop import Result, run
 from fedkeel.record import Record, Silent, headline
 from fedkeel.reproduce.asked import OF_RUNS, asked
@@ -200,7 +202,9 @@ def _results(
         first, *others = alike[key]
         yield first, error
         for cell in others:
-            if not error:
+            if error:
+                write_json(_place(cell, folder) / FAILED, {"error": error})
+            else:
                 _copy(path_of(first, folder), cell, folder)
             yield cell, error
 
@@ -264,8 +268,10 @@ def _one(cell: Cell, folder: Path, data: Path | None, pools: Path | None, keep: 
     place = _place(cell, folder)
     try:
         config = cell.placed(data, place, pools)
-        spent = _Spent(place / SPENT)
-        result = run(config, data=loaded(config), folder=place, listener=spent, resume=True, label=cell.row.label)
+        if _begun_with_others(place, config):
+            shutil.rmtree(place)
+        heard = _Heard(place / SPENT)
+        result = run(config, data=loaded(config), folder=place, listener=heard, resume=True, label=cell.row.label)
     except Exception as error:  # one cell's failure is a gap in a table, not the end of the others
         if isinstance(error, FedkeelError):  # a user's mistake or a run that diverged: the words say it all
             write_json(place / FAILED, {"error": str(error)})
@@ -273,7 +279,7 @@ def _one(cell: Cell, folder: Path, data: Path | None, pools: Path | None, keep: 
         text = f"{type(error).__name__}: {error}"
         write_json(place / FAILED, {"error": text, "trace": traceback.format_exc()})
         return text
-    _write(path_of(cell, folder), _came_to(cell, result, spent.seconds()))
+    _write(path_of(cell, folder), _came_to(cell, result, heard))
     for name in (FAILED, SPENT):
         (place / name).unlink(missing_ok=True)
     if not (keep or pictured(cell)):
@@ -282,16 +288,37 @@ def _one(cell: Cell, folder: Path, data: Path | None, pools: Path | None, keep: 
     return ""
 
 
-class _Spent(Silent):
-    """CPU seconds of a run, with those before it was stopped: kept in its folder round by round."""
+def _begun_with_others(place: Path, config: Config) -> bool:
+    """Whether there is a run that was begun on other data or with another generator, of the same names."""
+    try:
+        then = json.loads((place / "manifest.json").read_text())
+    except FileNotFoundError:
+        return False
+    except ValueError:  # what it was begun with cannot be known
+        return True
+    job = Job(config, loaded(config))
+    used = job.untuned() if job.generates else {}
+    now = {key: each["fingerprint"] for key, each in used.items()}
+    before = {"generator": then.get("generator"), **then.get("generators", {})}
+    return then["data"]["fingerprint"] != job.fingerprint or now != {
+        key: each["fingerprint"] for key, each in before.items() if each
+    }
+
+
+class _Heard(Silent):
+    """What a run warned of, and its CPU seconds, with those before it was stopped: kept in its folder by the round."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.warnings: dict[str, None] = {}
         self.before = float(path.read_text()) if path.is_file() else 0.0
         self.began = time.process_time()
 
     def seconds(self) -> float:
         return self.before + time.process_time() - self.began
+
+    def warned(self, text: str) -> None:
+        self.warnings[text] = None
 
     def finished_round(self, record: Record) -> None:
         write(self.path, f"{self.seconds():.2f}\n".encode())
@@ -316,7 +343,7 @@ def run_of(cell: Cell, folder: Path) -> Path:
     return folder / profile / table / "runs" / f"{name}-{cell.key[:8]}"
 
 
-def _came_to(cell: Cell, result: Result, cpu: float) -> dict[str, Any]:
+def _came_to(cell: Cell, result: Result, heard: _Heard) -> dict[str, Any]:
     """What is kept of a run: enough for any table, and to make it again."""
     assert result.folder is not None
     manifest = json.loads((result.folder / "manifest.json").read_text())
@@ -352,7 +379,8 @@ def _came_to(cell: Cell, result: Result, cpu: float) -> dict[str, Any]:
         "steps": sum(each.get("train/steps", 0) for each in rounds),
         "bytes": {way: sum(each.get(f"bytes/{way}", 0) for each in rounds) for way in ("up", "down")},
         "seconds": round(sum(v for each in rounds for name, v in each.items() if name.startswith("seconds/")), 1),
-        "cpu_seconds": round(cpu, 1),
+        "cpu_seconds": round(heard.seconds(), 1),
+        "warnings": list(heard.warnings),
         **_words(cell),
         "generator": {part: generator[part] for part in ("name", "fingerprint") if part in generator} or None,
         "partition": manifest["partition"],

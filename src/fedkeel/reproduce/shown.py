@@ -87,7 +87,8 @@ class Head:
 
 @dataclass(frozen=True)
 class Reason:
-    """Why numbers differ from the printed ones. where: the rows and columns that it holds for; "" for all."""
+    """Why numbers differ from the printed ones, or what runs warned of. where: the rows and columns that it holds for;
+    "" for all."""
 
     text: str
     where: str = ""
@@ -111,8 +112,8 @@ class Drawn:
 class Shown:
     """A table. order: by column, how many pairs of methods stand in the paper's order, and of how many. absent: what
     the profile leaves out. footnotes: by letter. done, wanted: cells; borrowed: those that are runs of other cells.
-    stale, failed: cells, and what differs or went wrong. cpu_hours: of this table's own runs; gpu_hours: of the clock,
-    for those on a GPU. dates: first and last day on which a run was started."""
+    stale, failed: cells, and what differs or went wrong. warnings: of runs, and of which. cpu_hours: of this table's
+    own runs; gpu_hours: of the clock, for those on a GPU. dates: first and last day on which a run was started."""
 
     name: str
     title: str
@@ -130,6 +131,7 @@ class Shown:
     absent: tuple[str, ...]
     stale: tuple[str, ...]
     failed: tuple[str, ...]
+    warnings: tuple[Reason, ...]
     done: int
     wanted: int
     borrowed: int
@@ -194,6 +196,7 @@ def show(found: Experiment, profile: str, outcomes: Sequence[Outcome]) -> Shown:
         absent=_absent(found, profile),
         stale=tuple(f"{_called(each)}: {_differs(each)}" for each in outcomes if each.state == "stale"),
         failed=tuple(f"{_called(each)}: {each.error}" for each in outcomes if each.state == "failed"),
+        warnings=_warnings(rows, columns, by_place),
         done=len(done),
         wanted=len(outcomes),
         borrowed=len(done) - len(own),
@@ -298,8 +301,27 @@ def _reasons(
             holds.setdefault(f"client updates that failed, and were left out of their rounds: {counts}", {})[place] = (
                 None
             )
+    return _by_place(holds, rows, columns, outcomes)
+
+
+def _warnings(
+    rows: Sequence[Row], columns: Sequence[Column], outcomes: Mapping[Place, Sequence[Outcome]]
+) -> tuple[Reason, ...]:
+    """What runs warned of, each text once."""
+    holds: dict[str, dict[Place, None]] = {}
+    for place, each in outcomes.items():
+        for o in each:
+            # cells of earlier versions did not keep them
+            for text in (o.found or {}).get("warnings", ()) if o.state == "done" else ():
+                holds.setdefault(text, {})[place] = None
+    return _by_place(holds, rows, columns, outcomes)
+
+
+def _by_place(
+    holds: Mapping[str, Mapping[Place, None]], rows: Sequence[Row], columns: Sequence[Column], places: Collection[Place]
+) -> tuple[Reason, ...]:
     labels = {line.key: line.label for line in (*rows, *columns)}
-    return tuple(Reason(text, _where(list(places), list(outcomes), labels)) for text, places in holds.items())
+    return tuple(Reason(text, _where(list(there), list(places), labels)) for text, there in holds.items())
 
 
 def _where(places: Sequence[Place], all_places: Sequence[Place], labels: Mapping[str, str]) -> str:
@@ -394,6 +416,10 @@ LEGEND = (
 )
 
 
+def _placed(reason: Reason) -> str:
+    return f"{reason.where}: {reason.text}" if reason.where else reason.text
+
+
 def below(shown: Shown) -> list[tuple[str, list[str]]]:
     """What stands below the table: headings and lines. Those without lines are left out."""
     order = [
@@ -401,7 +427,7 @@ def below(shown: Shown) -> list[tuple[str, list[str]]]:
         for column in shown.columns
         if column.key in shown.order
     ]
-    reasons = [f"{each.where}: {each.text}" if each.where else each.text for each in shown.reasons]
+    reasons = [_placed(each) for each in shown.reasons]
     rows = [row.label for row in shown.rows if row.own]
     notes = [*shown.notes, *([f"not in the paper, hence marked as ours: {'; '.join(rows)}"] if rows else [])]
     marks = [f"[{letter}] {text}" for letter, text in shown.footnotes.items()]
@@ -411,8 +437,9 @@ def below(shown: Shown) -> list[tuple[str, list[str]]]:
         ("Printed numbers", marks),
         ("Notes", notes),
         ("Methods in the paper's order", order),
-        ("Stale: another run replaces them", list(shown.stale)),
+        ("Stale: counted nowhere", list(shown.stale)),
         ("Failed", list(shown.failed)),
+        ("Warnings", [_placed(each) for each in shown.warnings]),
         ("Made with", [f"{name}: {text}" for name, text in facts(shown)]),
     ]
     return [(heading, lines) for heading, lines in parts if lines]
