@@ -102,8 +102,10 @@ def test_words_of_a_difference(judged: ModuleType) -> None:
     assert part(judged, {1: -0.04, 2: 0.04}).words() == "a − b: **+0.0** (+0.0, +0.0)"
     assert part(judged, {}).words() == "a − b: not run"
     assert part(judged, {}, printed={0: 7.0}).words() == "a − b: not run; printed +7.0"
-    found = part(judged, {1: 3.0, 2: 2.0}, printed={0: -7.0}, end={1: 1.0, 2: 2.0}).words()
-    assert found == "a − b: **+2.5** (+3.0, +2.0); printed −7.0; at the end +1.5"
+    found = part(judged, {1: 3.0, 2: 2.0}, printed={0: -7.0}, end={1: 1.0, 2: 2.0})
+    assert found.words() == "a − b: **+2.5** (+3.0, +2.0); printed −7.0; at the end +1.5"
+    best = judged.replace(found, whose=lambda way: "B" if way == "printed" else "A")
+    assert best.words() == "a − b, A: **+2.5** (+3.0, +2.0); printed −7.0 (B); at the end +1.5"
 
 
 def test_differences_of_a_claim_in_short(judged: ModuleType) -> None:
@@ -133,7 +135,7 @@ def test_differences_are_taken_seed_by_seed(judged: ModuleType, numbers: Numbers
     assert judged.best_of("fbl-t3", "m2", ["m1", "m3", "m4"], "c10").values() == {}
     best = judged.best_of("fbl-t3", "m2", ["m1", "m3"], "c10")
     assert best.label == "M2: loss − the best of 2 baselines, CIFAR-10" and len(best.places) == 3
-    assert best.whose() == ", M3: loss, alignment"
+    assert best.whose("headline") == "M3: loss, alignment"
 
 
 def test_differences_of_differences(judged: ModuleType, numbers: Numbers) -> None:

@@ -901,6 +901,14 @@ def test_the_page_in_the_docs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     anew()
 
 
+def test_the_docs_list_every_table_with_its_runs(tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs/reproducing.md").read_text()
+    told = re.findall(r"^\| `([a-z0-9-]+)` \| (.*) \| (\d+|–) \| (\d+|–) \|$", text, re.MULTILINE)
+    counts = {one["name"]: one["cells"] for one in command.overview(tmp_path)}
+    there = {name: tuple(str(each[at]["cells"] or "–") for at in ("paper", "reduced")) for name, each in counts.items()}
+    assert {name: (paper, reduced) for name, _, paper, reduced in told} == there
+
+
 def test_protocols_are_configurations_of_the_package() -> None:
     """What `base` names can be loaded as any configuration."""
     from fedkeel import experiments

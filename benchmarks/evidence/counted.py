@@ -21,7 +21,7 @@ from fedkeel.job import Job
 from fedkeel.reproduce.cells import loaded
 from fedkeel.reproduce.command import plan
 
-ROWS, COLUMNS = ("fbl-shared", "fbl-50"), ("c10-01", "c10-03", "c10-05", "c100-01", "tiny-01", "eurosat-01")
+ROWS, COLUMNS = ("fbl-shared", "fbl-25", "fbl-50"), ("c10-01", "c10-03", "c10-05", "c100-01", "tiny-01", "eurosat-01")
 PERSONAL = ("fruit-001", "fruit-05", "eurosat-001", "eurosat-05")
 DRAWS = 500
 

@@ -59,14 +59,14 @@ seed 0)."""
 class Part:
     """A number by seed: an accuracy, or what is made of several. places: the cells. reads: the numbers, by reading.
     above: what a claim says that it is more than; with such a bound, which is ours, it does not matter how large the
-    rest is. figure: whose numbers it is made of, rather than cells. whose: which row a best one is."""
+    rest is. figure: whose numbers it is made of, rather than cells. whose: which row a best one is, by reading."""
 
     label: str
     places: tuple[Place, ...]
     reads: Callable[[Reading], Values]
     above: float | None = None
     figure: str = ""
-    whose: Callable[[], str] = str
+    whose: Callable[[Reading], str] = lambda way: ""
 
     def __sub__(self, other: Part) -> Part:
         label = f"{self.label} − {other.label}"
@@ -97,16 +97,22 @@ class Part:
 
     def words(self) -> str:
         """The mean, and each seed's; beside it what the paper printed, and the end of the runs."""
-        found = self.values()
-        printed = [f"printed {signed(value)}" for value in self.values("printed").values()]
+        found, best = self.values(), self.whose("headline")
+
+        def beside(way: Reading) -> str:
+            other = self.whose(way)
+            return f" ({other})" if other not in ("", best) else ""
+
+        printed = [f"printed {signed(value)}{beside('printed')}" for value in self.values("printed").values()]
         if not found:
             return "; ".join([f"{self.label}: not run", *printed])
         asked = "" if self.above is None else f", to be above {signed(self.above)}"
         each = ", ".join(signed(value) for _, value in sorted(found.items()))
         few = "; one seed, not judged" if len(found) < LEAST else ""
-        mean = f"{self.label}{self.whose()}: **{signed(fmean(found.values()))}** ({each}{asked}{few})"
+        label = f"{self.label}, {best}" if best else self.label
+        mean = f"{label}: **{signed(fmean(found.values()))}** ({each}{asked}{few})"
         end = self.values("end").values()
-        return "; ".join([mean, *printed, *([f"at the end {signed(fmean(end))}"] if end else [])])
+        return "; ".join([mean, *printed, *([f"at the end {signed(fmean(end))}{beside('end')}"] if end else [])])
 
 
 @dataclass(frozen=True)
@@ -308,7 +314,7 @@ def best_of(table: str, row: str, others: Sequence[str], column: str, called: st
 
     label = f"{name(table, row)} − the best of {called or f'{len(others)} baselines'}, {head(table, column)}"
     places = tuple((table, each, column) for each in (row, *others))
-    return Part(label, places, values, whose=lambda: f", {name(table, best('headline'))}")
+    return Part(label, places, values, whose=lambda way: name(table, found) if (found := best(way)) else "")
 
 
 def relative(a: Part, b: Part, label: str) -> Part:
