@@ -292,17 +292,16 @@ def _begun_with_others(place: Path, config: Config) -> bool:
     """Whether there is a run that was begun on other data or with another generator, of the same names."""
     try:
         then = json.loads((place / "manifest.json").read_text())
+        sources = {"generator": then["generator"], **then.get("generators", {})}
+        before = {key: each["fingerprint"] for key, each in sources.items() if each}
+        data = then["data"]["fingerprint"]
     except FileNotFoundError:
         return False
-    except ValueError:  # what it was begun with cannot be known
+    except (ValueError, KeyError, TypeError):  # what it was begun with cannot be known
         return True
     job = Job(config, loaded(config))
-    used = job.untuned() if job.generates else {}
-    now = {key: each["fingerprint"] for key, each in used.items()}
-    before = {"generator": then.get("generator"), **then.get("generators", {})}
-    return then["data"]["fingerprint"] != job.fingerprint or now != {
-        key: each["fingerprint"] for key, each in before.items() if each
-    }
+    now = {key: each["fingerprint"] for key, each in job.untuned().items()} if job.generates else {}
+    return bool(data != job.fingerprint or now != before)
 
 
 class _Heard(Silent):
