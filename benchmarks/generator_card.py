@@ -2,7 +2,7 @@
 
     python benchmarks/generator_card.py fashion [FOLDER] [--seeds 3]      about 10 minutes on one core
     python benchmarks/generator_card.py cifar10 FOLDER [--seeds 3]        about 25 minutes
-    python benchmarks/generator_card.py eurosat FOLDER [--seeds 3]        about 25 minutes
+    python benchmarks/generator_card.py eurosat FOLDER [--seeds 3]        about 70 minutes
 
 Quality is the accuracy on real test images of one small CNN (conv 3x3 of 16 and 32 channels, each with ReLU and 2x2 max
 pooling, fully connected 128; Adam at 1e-3, 1,500 steps of 64, no augmentation) that was trained on nothing but the
