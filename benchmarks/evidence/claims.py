@@ -599,8 +599,7 @@ CLAIMS = (
         "not in the paper",
         [gap("fbl-t1", "moon-mu1", "fedavg", column, above=-1.0) for column in ("c10-01", "c10-05")],
         key="moon",
-        note="Level with it at both skews. So the row MOON of Table I says what μ = 5 does here, not what MOON can "
-        "do.",
+        note="Level with it at both skews. So the row MOON of Table I says what μ = 5 does here, not what MOON can do.",
     ),
     Claim(
         "ours",
