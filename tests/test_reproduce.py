@@ -769,7 +769,7 @@ def test_fbl_t3_in_the_profile_smoke(tmp_path: Path) -> None:
 # with processes of their own ------------------------------------------------------------------------------------------
 
 SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from fedkeel.reproduce import cells, command
 
@@ -787,6 +787,7 @@ def stop(self, record):
 
 cells._Heard.finished_round = stop
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
     cells.reproduce(command.plan(["fbl-t3"], "smoke", ["m1", "m2"]), Path("out"), workers=int(sys.argv[1]))
 """
 
