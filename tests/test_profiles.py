@@ -26,7 +26,7 @@ from fedkeel.generators.flow import FlowConfig, FlowNet, save
 from fedkeel.generators.gaussian import fit
 from fedkeel.generators.names import marks
 from fedkeel.job import Job, validating
-from fedkeel.loop import resume, run
+from fedkeel.loop import begun_with, resume, run
 from fedkeel.options import option
 from fedkeel.record import Silent, numbers
 from fedkeel.records import Samples
@@ -132,17 +132,33 @@ def test_a_processor_that_cannot_say_whether_it_has_bfloat16(data: Dataset, monk
     assert not list(Job(tiny.config("local.precision=bfloat16"), data).idle())
 
 
-def test_another_generator_than_at_the_start_is_said(data: Dataset, two: dict[str, object], tmp_path: Path) -> None:
-    config = tiny.config(*SKEWED, "algorithm.name=fbl", f"pool.dir={tmp_path}/pools", "generators={}", table=two)
-    run(config, data=data, folder=tmp_path / "run")
-    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    manifest["generator"]["fingerprint"] = "0" * 64
-    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+@pytest.mark.parametrize("section", ["generator", "unconstrained"])
+def test_another_generator_than_at_the_start_is_said(
+    data: Dataset, two: dict[str, object], tmp_path: Path, section: str
+) -> None:
+    set_ = ("algorithm.name=fbl", "profiles.unconstrained_ids=[0, 1]", f"pool.dir={tmp_path}/pools")
+    run(tiny.config(*SKEWED, *set_, table=two), data=data, folder=tmp_path / "run")
+    path = tmp_path / "run" / "manifest.json"
+    assert set(begun_with(tmp_path / "run")) == {"data", "generator", "unconstrained"}
     told = tiny.Told()
     resume(tmp_path / "run", data=data, listener=told)
+    assert not told.said
+    manifest = json.loads(path.read_text())
+    place = manifest if section == "generator" else manifest["generators"]
+    place[section]["fingerprint"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    assert begun_with(tmp_path / "run")[section] == "0" * 64
+    resume(tmp_path / "run", data=data, listener=told)
     assert told.said == [
-        "generator is not the one this run began with: its images are made anew, and numbers will differ"
+        f"{section} is not the one this run began with: its images are made anew, and numbers will differ"
     ]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"data": 1, "generator": null}'])
+def test_a_manifest_that_cannot_be_read_says_nothing(tmp_path: Path, text: str) -> None:
+    assert begun_with(tmp_path) == {}
+    (tmp_path / "manifest.json").write_text(text)
+    assert begun_with(tmp_path) == {}
 
 
 def test_time_to_tune_by_profile(data: Dataset, two: dict[str, object], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from fedkeel.data.dataset import Dataset
 from fedkeel.errors import CheckpointError, ConfigError, FedkeelError, RunError, UserError
 from fedkeel.files import locked, write_json
 from fedkeel.job import Job, validating
-from fedkeel.loop import Result, run
+from fedkeel.loop import Result, begun_with, run
 from fedkeel.options import flat
 from fedkeel.record import Listener, OnlyWarns, Several
 
@@ -196,7 +196,7 @@ def _check_data(folders: Sequence[Path], config: Config, data: Dataset) -> None:
     """Raises CheckpointError when a run that is done was made on other data."""
     now = validating(data, config.evaluate.validation).fingerprint
     for folder in folders:
-        then = json.loads((folder / "manifest.json").read_text())["data"]["fingerprint"]
+        then = begun_with(folder).get("data", "unknown")
         if then != now:
             fingerprints = f"data fingerprint {then[:12]} there, {now[:12]} here"
             raise CheckpointError(f"{folder} holds a run on other data: {fingerprints}; remove it or choose --dir")

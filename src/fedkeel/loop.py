@@ -441,6 +441,7 @@ def describe(job: Job, folder: Path, label: str, engine: Engine, resume: bool = 
     """
     config = job.config
     earlier, now = _manifest(folder) if resume else {}, datetime.now(UTC).isoformat(timespec="seconds")
+    before = begun_with(folder) if resume else {}
     manifest = {
         "label": label,
         "runtime": _runtime(engine),
@@ -472,18 +473,28 @@ def describe(job: Job, folder: Path, label: str, engine: Engine, resume: bool = 
     }
     if job.generates:
         used = job.untuned()
+        for key, each in used.items():
+            if before.get(key, each["fingerprint"]) != each["fingerprint"]:
+                job.warn(f"{key} is not the one this run began with: its images are made anew, and numbers will differ")
         manifest["generator"] = used.pop("generator", None)
         if used:
             manifest["generators"] = used
-        for key, now_used in (("generator", manifest["generator"]), *used.items()):
-            before = earlier.get("generator") if key == "generator" else earlier.get("generators", {}).get(key)
-            if before and now_used and before["fingerprint"] != now_used["fingerprint"]:
-                job.warn(f"{key} is not the one this run began with: its images are made anew, and numbers will differ")
     write_json(folder / "manifest.json", manifest)
     if bool(job.partition.counts.any()):  # what sites hold is theirs to know
         job.partition.save(folder / "partition.json")
         parts = ", ".join(f'"{name}": {listed(rows)}' for name, rows in vars(job.plan).items())
         write(folder / "balanced.json", f"{{{parts}}}\n".encode())
+
+
+def begun_with(folder: Path) -> dict[str, str]:
+    """Fingerprints of the data and of the generators that a run began with, by section: "data", "generator",
+    "unconstrained", ...; {} where its manifest cannot be read."""
+    then = _manifest(folder)
+    try:
+        sections = {"data": then["data"], "generator": then["generator"], **then.get("generators", {})}
+        return {key: str(each["fingerprint"]) for key, each in sections.items() if each}
+    except (KeyError, TypeError):
+        return {}
 
 
 def _versions() -> dict[str, str]:

@@ -36,7 +36,7 @@ from fedkeel.data.dataset import Dataset
 from fedkeel.errors import FedkeelError, RunError
 from fedkeel.files import locked, write, write_json
 from fedkeel.job import Job
-from fedkeel.loop import Result, run
+from fedkeel.loop import Result, begun_with, run
 from fedkeel.record import Record, Silent, headline
 from fedkeel.reproduce.asked import OF_RUNS, asked
 from fedkeel.reproduce.tables import Cell, experiment
@@ -290,18 +290,12 @@ def _one(cell: Cell, folder: Path, data: Path | None, pools: Path | None, keep: 
 
 def _begun_with_others(place: Path, config: Config) -> bool:
     """Whether there is a run that was begun on other data or with another generator, of the same names."""
-    try:
-        then = json.loads((place / "manifest.json").read_text())
-        sources = {"generator": then["generator"], **then.get("generators", {})}
-        before = {key: each["fingerprint"] for key, each in sources.items() if each}
-        data = then["data"]["fingerprint"]
-    except FileNotFoundError:
+    if not (place / "manifest.json").is_file():
         return False
-    except (ValueError, KeyError, TypeError):  # what it was begun with cannot be known
-        return True
     job = Job(config, loaded(config))
-    now = {key: each["fingerprint"] for key, each in job.untuned().items()} if job.generates else {}
-    return bool(data != job.fingerprint or now != before)
+    generators = job.untuned() if job.generates else {}
+    now = {"data": job.fingerprint, **{key: each["fingerprint"] for key, each in generators.items()}}
+    return begun_with(place) != now  # where it cannot be known, too
 
 
 class _Heard(Silent):

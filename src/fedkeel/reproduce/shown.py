@@ -310,10 +310,9 @@ def _warnings(
     """What runs warned of, each text once."""
     holds: dict[str, dict[Place, None]] = {}
     for place, each in outcomes.items():
-        for o in each:
-            # cells of earlier versions did not keep them
-            for text in (o.found or {}).get("warnings", ()) if o.state == "done" else ():
-                holds.setdefault(text, {})[place] = None
+        done = [o.found for o in each if o.state == "done" and o.found]
+        for text in (text for found in done for text in found.get("warnings", ())):  # earlier versions kept none
+            holds.setdefault(text, {})[place] = None
     return _by_place(holds, rows, columns, outcomes)
 
 
