@@ -497,6 +497,7 @@ def begun_with(folder: Path) -> dict[str, str]:
         return {}
 
 
+@cache
 def _versions() -> dict[str, str]:
     """Of what numbers and images depend on, as far as it is installed."""
     from importlib.metadata import PackageNotFoundError, version

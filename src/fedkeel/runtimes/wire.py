@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeGuard
 
@@ -134,6 +135,7 @@ def number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+@cache
 def versions() -> dict[str, str]:
     """What must be the same on all machines. Local labels of versions ("+cpu") may differ."""
     found = {"python": ".".join(platform.python_version_tuple()[:2]), "byte order": sys.byteorder}
