@@ -381,6 +381,9 @@ def test_a_cell_that_was_run_on_other_data_is_refused(config: Path, data: Datase
         ):
             compare(table, specs, [1], "out", data=other)
     assert not Path("out/fedprox-seed1").exists(), "before anything runs"
+    Path("out/fedavg-seed1/manifest.json").write_text("")
+    with pytest.raises(CheckpointError, match="data fingerprint unknown there"):
+        compare(table, ["fedavg"], [1], "out")
 
 
 def test_a_failed_cell_does_not_stop_the_others(config: Path, data: Dataset, no_report: None) -> None:

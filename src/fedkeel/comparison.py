@@ -193,7 +193,7 @@ def _finished(cell: Cell) -> bool:
 
 
 def _check_data(folders: Sequence[Path], config: Config, data: Dataset) -> None:
-    """Raises CheckpointError when a run that is done was made on other data."""
+    """Raises CheckpointError when a run that is done was made on other data, or does not say on which."""
     now = validating(data, config.evaluate.validation).fingerprint
     for folder in folders:
         then = begun_with(folder).get("data", "unknown")

@@ -432,7 +432,6 @@ def attached(unet: Any, rank: int, alpha: float, scale: float = 1.0) -> Iterator
     """
     from peft import LoraConfig
 
-    # peft says alpha is a whole number; it only divides by it
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS))
     try:
         try:

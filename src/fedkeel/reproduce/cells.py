@@ -290,7 +290,9 @@ def _one(cell: Cell, folder: Path, data: Path | None, pools: Path | None, keep: 
 
 def _begun_with_others(place: Path, config: Config) -> bool:
     """Whether there is a run that was begun on other data or with another generator, of the same names."""
-    if not (place / "manifest.json").is_file():
+    try:
+        (place / "manifest.json").read_bytes()  # a disk that fails now is no reason to begin anew
+    except FileNotFoundError:
         return False
     job = Job(config, loaded(config))
     generators = job.untuned() if job.generates else {}
