@@ -147,7 +147,7 @@ def test_noise_and_a_robust_rule(
 
 def test_stopped_and_resumed(cluster: None, tmp_path: Path) -> None:
     """With shared state and clients' own."""
-    config = battery.config("scaffold", "runtime=ray", "ray.actors=1")
+    config = battery.config("scaffold", *ON_RAY)
     with pytest.raises(KeyboardInterrupt):
         run(config, data=battery.data(), folder=tmp_path / "run", listener=battery.Stop(1))
     same(plain(config, tmp_path / "whole"), resume(tmp_path / "run", data=battery.data()))

@@ -311,8 +311,9 @@ def _warnings(
     holds: dict[str, dict[Place, None]] = {}
     for place, each in outcomes.items():
         done = [o.found for o in each if o.state == "done" and o.found]
-        for text in (text for found in done for text in found.get("warnings", ())):  # earlier versions kept none
-            holds.setdefault(text, {})[place] = None
+        for found in done:
+            for text in found.get("warnings", ()):  # earlier versions kept none
+                holds.setdefault(text, {})[place] = None
     return _by_place(holds, rows, columns, outcomes)
 
 
